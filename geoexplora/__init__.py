@@ -1,0 +1,59 @@
+"""GeoExPLoRA: parameter-efficient extended pre-training of vision transformers for satellite imagery.
+
+Names are imported on first use, so that importing the package, and starting its command line, imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from geoexplora.datamodules import FMoWSentinelDataModule, PhotographsDataModule
+    from geoexplora.datasets import FMoWSentinel, Photographs
+    from geoexplora.explora import ExploraConfig, apply_explora, load_adapter, merge_lora, save_adapter
+    from geoexplora.models import GroupChannelVisionTransformer, MaskedAutoencoder
+    from geoexplora.transforms import Normalization
+    from geoexplora.weights.load import build_encoder, load_encoder
+    from geoexplora.weights.spec import EncoderSpec
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "geoexplora.datamodules": ("FMoWSentinelDataModule", "PhotographsDataModule"),
+    "geoexplora.datasets": ("FMoWSentinel", "Photographs"),
+    "geoexplora.explora": ("ExploraConfig", "apply_explora", "load_adapter", "merge_lora", "save_adapter"),
+    "geoexplora.models": ("GroupChannelVisionTransformer", "MaskedAutoencoder"),
+    "geoexplora.transforms": ("Normalization",),
+    "geoexplora.weights.load": ("build_encoder", "load_encoder"),
+    "geoexplora.weights.spec": ("EncoderSpec",),
+}
+
+__all__ = [
+    "EncoderSpec",
+    "ExploraConfig",
+    "FMoWSentinel",
+    "FMoWSentinelDataModule",
+    "GroupChannelVisionTransformer",
+    "MaskedAutoencoder",
+    "Normalization",
+    "Photographs",
+    "PhotographsDataModule",
+    "apply_explora",
+    "build_encoder",
+    "load_adapter",
+    "load_encoder",
+    "merge_lora",
+    "save_adapter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,281 @@
+"""Checks of settings that depend on each other or on the model's sizes, all made before anything heavy. Torch-free.
+
+Each check yields a `Finding` for each thing that is wrong and never raises, so that the user sees all of them at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from geoexplora.bands import SENSORS, Sensor, resolve_groups
+from geoexplora.cli.command import Check, Finding
+from geoexplora.cli.processes import is_first_process
+from geoexplora.errors import ConfigError
+from geoexplora.registry import DATASETS, MODELS, Architecture, look_up, resolve_blocks
+
+
+def _found(problem: ConfigError, *keys: str, option: str = "") -> Finding:
+    text = " ".join(str(problem).splitlines()[:1]) + ". " + " ".join(str(problem).splitlines()[1:])
+    return Finding(keys, f"{option}: {text}".removeprefix(": "))
+
+
+def _sensor(options: Any) -> Sensor | None:
+    entry = DATASETS.get(options.dataset or "")
+    return SENSORS[entry.sensor] if entry else None
+
+
+def _architecture(options: Any) -> Architecture | None:
+    return MODELS.get(options.model)
+
+
+def dataset(options: Any) -> Iterator[Finding]:
+    """The dataset is named, known, and its folder given."""
+    if options.dataset is None:
+        text = f"--dataset is missing. Name one of: {', '.join(DATASETS)}."
+        yield Finding(("dataset",), text, "unready")
+        return
+    try:
+        entry = look_up("dataset", options.dataset, DATASETS)
+    except ConfigError as problem:
+        yield _found(problem, "dataset", option="--dataset")
+        return
+    if entry.needs_root and options.root is None:
+        text = f"--root is missing. Name the folder that holds {options.dataset}."
+        yield Finding(("root",), text, "unready")
+
+
+def ranges(options: Any) -> Iterator[Finding]:
+    """Numbers of the data options lie where they can."""
+    if options.years[0] > options.years[1]:
+        yield Finding(("years",), f"--years: the first, {options.years[0]}, is after the last, {options.years[1]}.")
+    if not 0 <= options.max_unreadable <= 1:
+        text = f"--max-unreadable {options.max_unreadable:g} is no share. Give a number from 0 to 1."
+        yield Finding(("max_unreadable",), text)
+
+
+def bands(options: Any) -> Iterator[Finding]:
+    """All bands exist and are named once."""
+    sensor = _sensor(options)
+    if sensor is None or options.bands is None:
+        return
+    known = []
+    for name in options.bands:
+        try:
+            known.append(sensor.band(name).name)
+        except ConfigError as problem:
+            yield _found(problem, "bands", option="--bands")
+    if len(known) == len(options.bands):
+        try:
+            sensor.select(known)
+        except ConfigError as problem:
+            yield _found(problem, "bands", option="--bands")
+
+
+def groups(options: Any) -> Iterator[Finding]:
+    """Channel groups part the input bands: each band in one group."""
+    sensor = _sensor(options)
+    if sensor is None or options.groups is None:
+        return
+    selected = options.bands or sensor.band_names
+    if any(True for _ in bands(options)):
+        return
+    try:
+        resolve_groups(options.groups, selected, sensor)
+    except ConfigError as problem:
+        yield _found(problem, "groups", "bands", option="--groups")
+
+
+def model_input(options: Any) -> Iterator[Finding]:
+    """Image, patch and crop fit each other."""
+    if options.image_size < 1 or options.patch_size < 1:
+        keys = ("image_size", "patch_size")
+        yield Finding(keys, "--image-size and --patch-size must be at least 1 pixel.")
+    elif options.image_size % options.patch_size:
+        size, patch = options.image_size, options.patch_size
+        near = sorted({max(size // patch, 1) * patch, (size // patch + 1) * patch})
+        yield Finding(
+            ("image_size", "patch_size"),
+            f"--image-size {size} is not a multiple of --patch-size {patch}. Near it: {' or '.join(map(str, near))}.",
+        )
+    low, high = options.crop_scale
+    if not 0 < low <= high <= 1:
+        text = f"--crop-scale {low:g},{high:g}: expected two shares of the area, rising, above 0 and up to 1."
+        yield Finding(("crop_scale",), text)
+
+
+def model(options: Any) -> Iterator[Finding]:
+    """The encoder is known."""
+    try:
+        look_up("model", options.model, MODELS)
+    except ConfigError as problem:
+        yield _found(problem, "model", option="--model")
+
+
+def decoder(options: Any) -> Iterator[Finding]:
+    """The decoder can be built."""
+    low = [name for name in ("decoder_width", "decoder_depth", "decoder_heads") if getattr(options, name) < 1]
+    for name in low:
+        yield Finding((name,), f"--{name.replace('_', '-')} must be at least 1, not {getattr(options, name)}.")
+    if not low and options.decoder_width % options.decoder_heads:
+        yield Finding(
+            ("decoder_heads", "decoder_width"),
+            f"--decoder-width {options.decoder_width} does not divide by --decoder-heads {options.decoder_heads}.",
+        )
+
+
+def start(options: Any) -> Iterator[Finding]:
+    """The source weights suit the mode."""
+    if options.mode == "scratch":
+        if options.init is not None:
+            yield Finding(
+                ("init", "mode"),
+                f"--mode scratch starts from random weights, but --init names {options.init}."
+                " Leave out --init, or take --mode full to train all weights from there.",
+            )
+        return
+    if options.init is None:
+        yield Finding(
+            ("init",),
+            f"--mode {options.mode} without --init adapts random weights. Name source weights by --init for ExPLoRA"
+            " as published.",
+            "warning",
+        )
+    elif not options.resume:  # a checkpoint holds all weights
+        yield from exists(options)
+
+
+def exists(options: Any) -> Iterator[Finding]:
+    """The file or folder of ``--init`` is there."""
+    if options.init is not None and not Path(options.init).exists():
+        yield Finding(("init",), f"--init {options.init}: no such file or run folder.")
+
+
+def whole_blocks(options: Any) -> Iterator[Finding]:
+    """Whole blocks exist."""
+    architecture = _architecture(options)
+    if architecture is None or options.mode != "explora":
+        return
+    for block in options.whole_blocks:
+        try:
+            resolve_blocks([block], architecture.depth)
+        except ConfigError as problem:
+            yield _found(problem, "whole_blocks", option="--whole-blocks")
+            break
+    else:
+        try:
+            resolve_blocks(options.whole_blocks, architecture.depth)
+        except ConfigError as problem:
+            yield _found(problem, "whole_blocks", option="--whole-blocks")
+
+
+def rank(options: Any) -> Iterator[Finding]:
+    """LoRA is of lower rank than what it adapts."""
+    if options.mode != "explora":
+        return
+    architecture = _architecture(options)
+    width = architecture.width if architecture else None
+    limits = {"rank": (width, f"of {options.model}"), "decoder_rank": (options.decoder_width, "of the decoder")}
+    for name, (limit, what) in limits.items():
+        value, flag = getattr(options, name), f"--{name.replace('_', '-')}"
+        if value < 0:
+            yield Finding((name,), f"{flag} {value} is negative. Give at least 1, or 0 for no LoRA.")
+        elif limit is not None and value > limit:
+            text = f"{flag} {value} is above the width {what}, {limit}. LoRA wants far less: 8 to 64 are usual."
+            yield Finding((name,), text)
+    if options.alpha is not None and not (math.isfinite(options.alpha) and options.alpha > 0):
+        yield Finding(("alpha",), f"--alpha {options.alpha:g} must be above 0.")
+
+
+def mask(options: Any) -> Iterator[Finding]:
+    """Some tokens are masked and some are not."""
+    if not 0 < options.mask_ratio < 1:
+        yield Finding(("mask_ratio",), f"--mask-ratio {options.mask_ratio:g} must lie between 0 and 1; 0.75 is usual.")
+
+
+def numbers(options: Any) -> Iterator[Finding]:
+    """Counts and rates of the optimization are possible."""
+    at_least = {
+        "batch_size": 1, "devices": 1, "num_nodes": 1, "epochs": 1, "max_steps": 1, "effective_batch_size": 1,
+        "num_workers": 0, "warmup_epochs": 0, "warmup_steps": 0, "weight_decay": 0, "min_lr": 0, "seed": 0,
+        "log_every": 1, "checkpoint_every": 1, "probe_every": 0,
+    }  # fmt: skip
+    for name, low in at_least.items():
+        value = getattr(options, name, None)
+        if value is not None and not (value >= low and math.isfinite(value)):
+            yield Finding((name,), f"--{name.replace('_', '-')} must be at least {low}, not {value:g}.")
+    for name in ("lr", "whole_blocks_lr_scale", "clip_grad"):
+        value = getattr(options, name, None)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            yield Finding((name,), f"--{name.replace('_', '-')} must be above 0, not {value:g}.")
+
+
+def effective_batch(options: Any) -> Iterator[Finding]:
+    """Gradient accumulation comes out even."""
+    at_once = options.batch_size * options.devices * options.num_nodes
+    wanted = options.effective_batch_size
+    if wanted is None or at_once < 1 or wanted < 1 or wanted % at_once == 0:
+        return
+    near = sorted({max(wanted // at_once, 1) * at_once, (wanted // at_once + 1) * at_once})
+    yield Finding(
+        ("effective_batch_size", "batch_size", "devices", "num_nodes"),
+        f"--effective-batch-size {wanted} is not a multiple of {at_once}, which is --batch-size {options.batch_size}"
+        f" x --devices {options.devices} x --num-nodes {options.num_nodes}. Near it: {' or '.join(map(str, near))}.",
+    )
+
+
+def length(options: Any) -> Iterator[Finding]:
+    """Training has an end, and warm-up ends before it."""
+    if options.epochs is None and options.max_steps is None:
+        yield Finding(("epochs", "max_steps"), "neither --epochs nor --max-steps is set. Give one, or both.")
+    pairs = (("steps", options.warmup_steps, options.max_steps), ("epochs", options.warmup_epochs, options.epochs))
+    for unit, warm, total in pairs:
+        if unit == "epochs" and (options.warmup_steps is not None or options.max_steps is not None):
+            continue  # steps decide; how many an epoch has is known once the data is read
+        if warm is not None and total is not None and 0 < total <= warm:
+            name, limit = f"--warmup-{unit}", "--max-steps" if unit == "steps" else "--epochs"
+            text = f"{name} {warm:g} leaves nothing after the warm-up: {limit} is {total:g}. Lower {name}."
+            yield Finding((f"warmup_{unit}",), text)
+
+
+def output(options: Any) -> Iterator[Finding]:
+    """There is a folder to write to."""
+    if options.output is None:
+        yield Finding(("output",), "--output is missing. Name the folder to write the run into.", "unready")
+    elif Path(options.output).is_file():
+        yield Finding(("output",), f"--output {options.output} is a file. Name a folder.")
+    elif not options.resume and is_first_process():  # for the others, the first has made it
+        from geoexplora.runs.folder import RunFolder
+
+        if RunFolder(options.output).holds_run:
+            text = (
+                f"--output {options.output} already holds a run."
+                " Go on with it by --resume, or name another folder with --output."
+            )
+            yield Finding(("output",), text, "unready")
+
+
+SOURCE_CHECKS: dict[Check, tuple[str, ...]] = {
+    dataset: ("dataset", "root"),
+    ranges: ("years", "max_unreadable"),
+    bands: ("dataset", "bands"),
+}
+"""Checks of the options that say which data to read."""
+
+PRETRAIN_CHECKS: dict[Check, tuple[str, ...]] = SOURCE_CHECKS | {
+    groups: ("dataset", "bands", "groups"),
+    model_input: ("image_size", "patch_size", "crop_scale"),
+    model: ("model",),
+    decoder: ("decoder_width", "decoder_depth", "decoder_heads"),
+    start: ("mode", "init", "resume"),
+    whole_blocks: ("mode", "model", "whole_blocks"),
+    rank: ("mode", "model", "rank", "decoder_rank", "decoder_width", "alpha"),
+    mask: ("mask_ratio",),
+    numbers: (),
+    effective_batch: ("batch_size", "devices", "num_nodes", "effective_batch_size"),
+    length: ("epochs", "max_steps", "warmup_epochs", "warmup_steps"),
+    output: ("output", "resume"),
+}
+"""Checks of pretrain."""

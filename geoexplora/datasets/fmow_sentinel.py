@@ -1,0 +1,232 @@
+"""fMoW-Sentinel: Sentinel-2 tiles of functional map of the world locations (SatMAE, arXiv 2207.08051)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+from torchgeo.datasets import NonGeoDataset
+
+from geoexplora.bands import FMOW_SENTINEL_BANDS, FMOW_SENTINEL_STATISTICS, SENTINEL2
+from geoexplora.datasets.fmow_index import (
+    OFFICIAL_CLASSES,
+    Table,
+    find_layout,
+    find_missing,
+    read_table,
+    split_name,
+    table_path,
+    tile_path,
+)
+from geoexplora.datasets.plot import plot_tile
+from geoexplora.datasets.tiles import Tile, UnreadableTiles, UnusableTileError, read_geotiff, too_many
+from geoexplora.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+Sample = dict[str, Any]
+
+
+class FMoWSentinel(NonGeoDataset):
+    """fMoW-Sentinel, or any tree of the same layout.
+
+    The csv file of a split decides which tiles belong to it; the tree may hold more files than it has rows::
+
+        fmow-sentinel/<split>/<category>/<category>_<location_id>/<category>_<location_id>_<image_id>.tif
+
+    Each tile is a GeoTIFF of all 13 Sentinel-2 bands; tile sizes vary. A sample holds ``image`` (C, h, w), float32 in
+    the sensor's units, ``label``, int64, and ``unreadable``, int64: -1, or the index that was asked for if that tile
+    could not be read and the next readable one stands in for it.
+
+    Only arrays are held, so that loader workers share the memory of their parent.
+
+    Args:
+        root: the folder that holds ``fmow-sentinel/``, or that folder; csv files beside or in it.
+        split: ``train``, ``val`` or ``test_gt`` (``test`` means the same).
+        bands: the bands to return, in this order.
+        transforms: applied to each sample.
+        missing: what to do about rows without a file: ``error``, or ``skip`` with a warning.
+        years: first and last year to keep; None keeps all.
+        max_unreadable: the largest bearable share of unreadable tiles; one is always borne.
+        nodata: a tile of nothing but this value counts as unreadable.
+
+    Raises:
+        DataError: if there is no csv file, it lacks a column or holds malformed values, no row is left after the
+            filters, or files are missing.
+        ConfigError: if a band is unknown.
+    """
+
+    sensor = SENTINEL2
+
+    def __init__(
+        self,
+        root: Path | str,
+        split: str = "train",
+        bands: Sequence[str] = FMOW_SENTINEL_BANDS,
+        transforms: Callable[[Sample], Sample] | None = None,
+        *,
+        missing: Literal["error", "skip"] = "error",
+        years: tuple[int, int] | None = (2000, 2020),
+        max_unreadable: float = 0.1,
+        nodata: float = 0,
+    ) -> None:
+        self.root = Path(root)
+        self.split = split_name(split)
+        self.bands = SENTINEL2.select(bands)
+        self.transforms = transforms
+        self.nodata = nodata
+        self._keep = SENTINEL2.indices(self.bands)
+        self._fill = np.array(FMOW_SENTINEL_STATISTICS.select(self.bands).mean, dtype=np.float32)
+
+        layout = find_layout(self.root)
+        self._tiles = layout.tiles
+        self._table_path = table_path(layout, self.split, self.root)
+        table = read_table(self._table_path)
+        found = {name for path in layout.tables.values() for name in read_table(path).categories}
+        self.classes = _classes(found)
+
+        rows = self._rows(table, years, missing)
+        codes = np.array([self.classes.index(category) for category in table.categories], dtype=np.int64)
+        self.labels: NDArray[np.int64] = codes[table.codes[rows]]
+        self.location_ids: NDArray[np.int64] = table.location_ids[rows]
+        self.image_ids: NDArray[np.int64] = table.image_ids[rows]
+        self.timestamps: NDArray[np.datetime64] = table.timestamps[rows]
+        self.unreadable = UnreadableTiles(len(rows), max_unreadable)
+
+    def __len__(self) -> int:
+        """Number of tiles."""
+        return len(self.labels)
+
+    def path(self, index: int) -> Path:
+        """The file of a tile."""
+        category = self.classes[self.labels[index]]
+        location_id, image_id = int(self.location_ids[index]), int(self.image_ids[index])
+        return tile_path(self._tiles, self.split, category, location_id, image_id)
+
+    def read(self, index: int) -> Tile:
+        """Read a raw tile, or the next readable one in its stead, without taking note of it.
+
+        Args:
+            index: of the tile; negative ones count from the end.
+
+        Returns:
+            The tile, (C, h, w) in the file's own type. Isolated NaN pixels hold the band's mean.
+
+        Raises:
+            DataError: if the tile has another number of bands, or more tiles in a row than bearable are unreadable.
+            IndexError: if there is no such tile.
+        """
+        wanted = range(len(self))[index]
+        bad: list[Path] = []
+        while len(bad) <= self.unreadable.limit and len(bad) < len(self):
+            at = (wanted + len(bad)) % len(self)
+            try:
+                image = read_geotiff(self.path(at), SENTINEL2.band_names, self._keep, self.nodata)
+            except UnusableTileError:
+                bad.append(self.path(at))
+                continue
+            if image.dtype.kind == "f" and not np.isfinite(image).all():
+                image = np.where(np.isfinite(image), image, self._fill[:, None, None])
+            return Tile(image, int(self.labels[at]), wanted if bad else -1)
+        raise too_many(bad, len(self), self.unreadable.share)
+
+    def note_unreadable(self, index: int) -> None:
+        """Count and name an unreadable tile.
+
+        A loader's main process calls this for what its workers met; reading samples directly does so by itself.
+
+        Raises:
+            DataError: if more distinct tiles than bearable were unreadable.
+        """
+        self.unreadable.add(index, self.path(index))
+
+    def __getitem__(self, index: int) -> Sample:
+        """A sample with ``image``, ``label`` and ``unreadable``.
+
+        Raises:
+            DataError: as ``read`` and ``note_unreadable``.
+        """
+        tile = self.read(index)
+        if tile.unreadable >= 0:
+            self.note_unreadable(tile.unreadable)
+        sample: Sample = {
+            "image": torch.from_numpy(np.ascontiguousarray(tile.image, dtype=np.float32)),
+            "label": torch.tensor(tile.label),
+            "unreadable": torch.tensor(tile.unreadable),
+        }
+        return self.transforms(sample) if self.transforms is not None else sample
+
+    def plot(self, sample: Sample, show_titles: bool = True, suptitle: str | None = None) -> Figure:
+        """Plot a sample in true colour, or its first band in grey where red, green and blue are not all there.
+
+        Args:
+            sample: as returned by ``__getitem__``; a ``prediction`` in it is named in the title.
+            show_titles: whether to name the class above the picture.
+            suptitle: a title for the whole figure.
+
+        Returns:
+            The figure.
+        """
+        title = None
+        if show_titles:
+            title = self._class(sample.get("label"))
+            if "prediction" in sample:
+                title = f"{title}\npredicted: {self._class(sample['prediction'])}"
+        return plot_tile(sample["image"], self.bands, self.sensor, title, suptitle)
+
+    def _class(self, label: Tensor | int | None) -> str:
+        return "" if label is None else self.classes[int(label)]
+
+    def _rows(self, table: Table, years: tuple[int, int] | None, missing: str) -> NDArray[np.int64]:
+        rows = np.arange(len(table.codes))
+        dropped = []
+        if years is not None:
+            year = table.timestamps.astype("datetime64[Y]").astype(np.int64) + 1970
+            keep = (year >= years[0]) & (year <= years[1])
+            dropped.append(f"{np.count_nonzero(~keep)} outside the years {years[0]} to {years[1]}")
+            rows = rows[keep]
+        absent = find_missing(self._tiles, self.split, table, rows)
+        if absent.any():
+            gone = rows[absent]
+            paths = "".join(f"\n  {self._row_path(table, row)}" for row in gone[:5])
+            if missing == "error":
+                raise DataError(
+                    f"{len(gone)} of the {len(rows)} tiles that {self._table_path} names are missing; "
+                    f"the first of them:{paths}",
+                    "Unpack the missing part, correct root, or go on without them: --missing skip.",
+                )
+            dropped.append(f"{len(gone)} without a file")
+            logger.warning(
+                "%d of the %d tiles that %s names are missing and skipped; the first of them:%s",
+                len(gone),
+                len(rows),
+                self._table_path,
+                paths,
+            )
+            rows = rows[~absent]
+        if rows.size == 0:
+            raise DataError(
+                f"no tile is left of the {len(table.codes)} rows of {self._table_path}"
+                f"{': ' + ', '.join(dropped) if dropped else ''}",
+                "Widen the filters (years), or check that root is the right folder.",
+            )
+        return rows
+
+    def _row_path(self, table: Table, row: int) -> Path:
+        category = table.categories[table.codes[row]]
+        return tile_path(self._tiles, self.split, category, int(table.location_ids[row]), int(table.image_ids[row]))
+
+
+def _classes(found: set[str]) -> tuple[str, ...]:
+    if found <= set(OFFICIAL_CLASSES):
+        return OFFICIAL_CLASSES
+    classes = tuple(sorted(found))
+    logger.info("Not the official categories: the %d found in the csv files are the classes.", len(classes))
+    return classes

@@ -1,0 +1,24 @@
+"""ExPLoRA: whole blocks, LoRA on Q and V, norms and embeddings of a frozen vision transformer."""
+
+from geoexplora.explora.adapter import load_adapter, save_adapter
+from geoexplora.explora.apply import apply_explora, apply_explora_to_decoder
+from geoexplora.explora.attention import SplitAttention
+from geoexplora.explora.config import ExploraConfig, resolve_blocks
+from geoexplora.explora.merge import merge_lora, merged_state_dict
+from geoexplora.explora.table import PartCount, format_table, parameter_table, table_to_json
+
+__all__ = [
+    "ExploraConfig",
+    "PartCount",
+    "SplitAttention",
+    "apply_explora",
+    "apply_explora_to_decoder",
+    "format_table",
+    "load_adapter",
+    "merge_lora",
+    "merged_state_dict",
+    "parameter_table",
+    "resolve_blocks",
+    "save_adapter",
+    "table_to_json",
+]

@@ -1,0 +1,87 @@
+"""Linear layers on oneDNN's fp32 matrix products where torch would take a slower library's.
+
+On CPUs torch multiplies fp32 matrices with MKL, which is slow on AMD processors; oneDNN, which torch ships as well,
+is faster there (``benchmarks/pretrain_step.py``). bf16 and accelerators already take the fast path.
+
+Shapes: ... leading sizes, I input width, O output width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def takes_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product of these fp32 matrices goes through oneDNN."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
+        and not torch.compiler.is_compiling()
+    )
+
+
+def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W' + b without a graph, by the fastest library at hand.
+
+    Args:
+        x: (..., I).
+        weight: (O, I), any strides.
+        bias: (O,).
+
+    Returns:
+        (..., O).
+    """
+    if takes_onednn(x, weight):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # The input is needed for the weight's gradient only, and frozen weights have none.
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return matmul(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        (grad,) = grads
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        grad = grad.contiguous()
+        rows = grad.flatten(0, -2)
+        grad_x = matmul(grad, weight.T) if needs_x else None
+        grad_weight = matmul(rows.T.contiguous(), x.flatten(0, -2).T) if needs_weight else None
+        return grad_x, grad_weight, rows.sum(0) if needs_bias else None
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``torch.nn.functional.linear``, through oneDNN for fp32 on a CPU."""
+    if torch.is_autocast_enabled(x.device.type) or not takes_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    return _OneDNNLinear.apply(x, weight, bias)
+
+
+class FastLinear(nn.Linear):
+    """``torch.nn.Linear`` whose fp32 products go through oneDNN on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., I) to (..., O)."""
+        return linear(x, self.weight, self.bias)
+
+
+def use_fast_linears(model: nn.Module) -> nn.Module:
+    """Replace every plain ``nn.Linear`` by a ``FastLinear`` that holds the same parameters, in place."""
+    for module in model.modules():
+        for name, child in module.named_children():
+            if type(child) is nn.Linear:
+                fast = FastLinear.__new__(FastLinear)
+                fast.__dict__.update(child.__dict__)
+                setattr(module, name, fast)
+    return model

@@ -1,0 +1,107 @@
+"""Names to implementations, as ``module:Class`` strings, so that the command line starts without torch."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from geoexplora.bands import nearest
+from geoexplora.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of a vision transformer.
+
+    Attributes:
+        width: token width D.
+        depth: number of blocks.
+        heads: attention heads.
+        channel_width: how much of D encodes the channel group (SatMAE: 256), the rest encodes the position.
+        timm: the stock timm model with this geometry, or with this geometry once its sizes are overridden.
+    """
+
+    width: int
+    depth: int
+    heads: int
+    channel_width: int
+    timm: str
+
+
+MODELS: dict[str, Architecture] = {
+    "vit_pico": Architecture(128, 8, 4, 32, "vit_tiny_patch16_224"),
+    "vit_tiny": Architecture(192, 12, 3, 48, "vit_tiny_patch16_224"),
+    "vit_small": Architecture(384, 12, 6, 96, "vit_small_patch16_224"),
+    "vit_base": Architecture(768, 12, 12, 256, "vit_base_patch16_224"),
+    "vit_large": Architecture(1024, 24, 16, 256, "vit_large_patch16_224"),
+    "vit_huge": Architecture(1280, 32, 16, 256, "vit_huge_patch14_224"),
+}
+
+
+def resolve_blocks(blocks: Sequence[int | str], depth: int) -> tuple[int, ...]:
+    """Turn block numbers such as ``[1, "L-1", "L"]`` into ascending 1-based numbers.
+
+    Args:
+        blocks: numbers counted from 1, ``L`` for the last block, ``L-1`` for the one before it, ...
+        depth: number of blocks L.
+
+    Raises:
+        ConfigError: if a block cannot be read or lies outside 1..L, or is named twice.
+    """
+    numbers = []
+    for block in blocks:
+        read = re.fullmatch(r"(L)(?:-(\d+))?|(\d+)", str(block).strip().upper())
+        if read is None:
+            raise ConfigError(f"cannot read block {block!r}", "Write a number from 1, L, or L-1, L-2, ...")
+        last, back, plain = read.groups()
+        number = depth - int(back or 0) if last else int(plain)
+        if not 1 <= number <= depth:
+            raise ConfigError(
+                f"whole block {block} is out of range: the model has {depth} blocks",
+                f"Count from 1 to {depth}, or write L for the last.",
+            )
+        numbers.append(number)
+    if len(set(numbers)) < len(numbers):
+        raise ConfigError(f"whole blocks {','.join(map(str, blocks))} name a block twice", "Name each block once.")
+    return tuple(sorted(numbers))
+
+
+@dataclass(frozen=True)
+class DatasetEntry:
+    """A dataset that the command line knows.
+
+    Attributes:
+        datamodule: ``module:Class`` of its datamodule.
+        sensor: name of its sensor in ``geoexplora.bands.SENSORS``.
+        needs_root: whether the user must say where the data lies.
+    """
+
+    datamodule: str
+    sensor: str
+    needs_root: bool = True
+
+
+DATASETS: dict[str, DatasetEntry] = {
+    "fmow-sentinel": DatasetEntry("geoexplora.datamodules.fmow_sentinel:FMoWSentinelDataModule", "sentinel-2"),
+    "photographs": DatasetEntry("geoexplora.datamodules.photographs:PhotographsDataModule", "rgb", needs_root=False),
+}
+
+
+def look_up[Entry](kind: str, name: str, entries: Mapping[str, Entry]) -> Entry:
+    """The entry of that name.
+
+    Raises:
+        ConfigError: if there is none; names the nearest ones.
+    """
+    if name in entries:
+        return entries[name]
+    raise ConfigError(f"unknown {kind} {name!r}", f"{nearest(name, entries)}Known: {', '.join(entries)}.")
+
+
+def load(target: str) -> Any:
+    """Import ``module:Class``."""
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)

@@ -1,0 +1,162 @@
+"""What a pre-training writes down and watches while it runs: metrics, health, a kNN probe."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from geoexplora.datamodules.sampling import generator
+from geoexplora.datamodules.tiles import TilesDataModule
+from geoexplora.errors import RunError
+from geoexplora.runs.metrics import Metrics, read_metrics
+from geoexplora.tasks.classifiers import knn_classifier, score
+from geoexplora.tasks.features import extract_features, feature_health
+
+log = logging.getLogger(__name__)
+
+PROBE_TRAIN, PROBE_TEST = 10_000, 2_000
+"""At most so many labelled tiles to learn from and to test on in a kNN probe during training."""
+
+
+class MetricsWriter(Callback):
+    """Writes a row of metrics.csv every N optimizer steps, and after the first and the last one.
+
+    The loss is that of the step (the mean over its batches and processes), so that the rows of a resumed run equal
+    those of an uninterrupted one.
+
+    Args:
+        metrics: the run's metrics.
+        every_n_steps: N.
+        images_per_step: effective batch size.
+    """
+
+    def __init__(self, metrics: Metrics, every_n_steps: int, images_per_step: int) -> None:
+        self.metrics = metrics
+        self.every_n_steps = every_n_steps
+        self.images_per_step = images_per_step
+        self._losses: list[Tensor] = []
+        self._latents: list[Tensor] = []
+        self._norm = float("nan")
+        self._step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._step = self._timed_from = trainer.global_step
+        self._clock = time.perf_counter()
+
+    def _is_logged(self, step: int, trainer: Trainer) -> bool:
+        return step % self.every_n_steps == 0 or step in {1, trainer.max_steps}
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Take the norm of the gradient, before it is clipped."""
+        if self._is_logged(trainer.global_step + 1, trainer):
+            grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            self._norm = float(torch.nn.utils.get_total_norm(grads))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Collect the batches of a step, and write the step down.
+
+        Raises:
+            RunError: if the loss is not finite.
+        """
+        self._losses.append(outputs["value"])
+        self._latents.append(outputs["latent"][:, 1:].mean(1))
+        step = trainer.global_step
+        if step == self._step:
+            return
+        self._step = step
+        losses, latents = self._losses, self._latents
+        self._losses, self._latents = [], []
+        if not self._is_logged(step, trainer):
+            return
+        loss = float(trainer.strategy.reduce(torch.stack(losses).mean(), reduce_op="mean"))
+        if not math.isfinite(loss):
+            raise RunError(
+                f"the loss is {loss} at step {step}",
+                "Lower --lr, raise --warmup-steps or set --clip-grad; the last checkpoint is untouched.",
+            )
+        if trainer.is_global_zero:
+            now = time.perf_counter()
+            rate = (step - self._timed_from) * self.images_per_step / (now - self._clock)
+            self._timed_from, self._clock = step, now
+            health = feature_health(torch.cat(latents))
+            rates = {group["name"]: group["lr"] for group in trainer.optimizers[0].param_groups}
+            self.metrics.append(
+                {"step": step, "loss": loss, "lr": max(rates.values()), "grad_norm": self._norm, **health}
+                | {"images_per_second": rate}
+            )
+        pl_module.log("loss", loss, prog_bar=True, rank_zero_only=True)
+
+
+class KNNProbe(Callback):
+    """A kNN probe of the encoder before training and every N optimizer steps, with a warning if it falls.
+
+    Continued pre-training can ruin features silently; labelled data of the dataset's own splits show it.
+
+    Args:
+        metrics: receives the column ``knn`` (accuracy).
+        datamodule: with labelled splits ``train`` and ``val``.
+        every_n_steps: N.
+        k: neighbours.
+    """
+
+    def __init__(self, metrics: Metrics, datamodule: TilesDataModule, every_n_steps: int, k: int = 20) -> None:
+        self.metrics = metrics
+        self.datamodule = datamodule
+        self.every_n_steps = every_n_steps
+        self.k = k
+        self._probed = -1
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Probe the start."""
+        if trainer.global_step == 0:
+            self._probe(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Probe after every N-th optimizer step."""
+        if trainer.global_step % self.every_n_steps == 0 and trainer.global_step != self._probed:
+            self._probe(trainer, pl_module)
+
+    def _probe(self, trainer: Trainer, task: Any) -> None:
+        self._probed = trainer.global_step
+        if trainer.is_global_zero:
+            train = self._features(task, "train", PROBE_TRAIN)
+            test = self._features(task, "val", PROBE_TEST)
+            accuracy = self._accuracy(train, test)
+            self.metrics.append({"step": trainer.global_step, "knn": accuracy})
+            start = next(float(row["knn"]) for row in read_metrics(self.metrics.path) if "knn" in row)
+            log.info("kNN probe at step %d: %.4f (start %.4f)", trainer.global_step, accuracy, start)
+            if accuracy < start:
+                log.warning(
+                    "the kNN probe fell to %.4f at step %d, below the %.4f of the start: the features are getting "
+                    "worse. Lower --lr, or train fewer whole blocks.",
+                    accuracy,
+                    trainer.global_step,
+                    start,
+                )
+        trainer.strategy.barrier()
+
+    def _accuracy(self, train: Any, test: Any) -> float:
+        features = torch.cat([train[0], test[0]]).numpy()
+        labels = torch.cat([train[1], test[1]]).numpy()
+        first = torch.arange(len(train[0])).numpy()
+        second = torch.arange(len(train[0]), len(features)).numpy()
+        return score(knn_classifier(self.k, len(first)), features, labels, [(first, second)]).accuracy
+
+    def _features(self, task: Any, split: str, most: int) -> tuple[Tensor, Tensor]:
+        dataset = self.datamodule.eval_dataset(split)
+        kept = torch.randperm(len(dataset), generator=generator(self.datamodule.seed))[:most].tolist()
+        loader = DataLoader(Subset(dataset, kept), self.datamodule.batch_size, num_workers=self.datamodule.num_workers)
+        features, labels = extract_features(task.model.encoder, loader, "mean", task.device)
+        return torch.from_numpy(features), torch.from_numpy(labels)

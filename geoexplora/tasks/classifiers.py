@@ -1,0 +1,106 @@
+"""Classifiers on frozen features: nearest neighbours and logistic regression, with honest splits.
+
+Shapes: N samples, F features, M test samples, c classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, balanced_accuracy_score
+from sklearn.model_selection import LeaveOneGroupOut
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import Pipeline, make_pipeline
+from sklearn.preprocessing import Normalizer, StandardScaler
+
+from geoexplora.errors import DataError
+
+Floats = NDArray[np.float32]
+Labels = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How well a classifier does.
+
+    Attributes:
+        accuracy: share of test samples classified right.
+        balanced_accuracy: mean over the classes of the share classified right.
+        samples: number of test samples.
+        classes: number of classes in the training samples.
+    """
+
+    accuracy: float
+    balanced_accuracy: float
+    samples: int
+    classes: int
+
+
+def knn_classifier(k: int, samples: int) -> Pipeline:
+    """Cosine nearest neighbours, each vote weighed by exp(similarity / 0.07) (Wu et al. 2018, section 3.4).
+
+    Args:
+        k: neighbours; at most ``samples`` are taken.
+        samples: number of training samples.
+    """
+
+    def weigh(distances: Floats) -> Floats:
+        # On unit vectors a squared Euclidean distance is 2 - 2 cos.
+        return np.exp(-(distances**2) / (2 * 0.07))
+
+    return make_pipeline(Normalizer(), KNeighborsClassifier(min(k, samples), weights=weigh))
+
+
+def linear_classifier(seed: int) -> Pipeline:
+    """Logistic regression on standardized features."""
+    return make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000, random_state=seed))
+
+
+def score(classifier: Pipeline, features: Floats, labels: Labels, splits: list[tuple[Labels, Labels]]) -> Scores:
+    """Train and test a classifier on each split, and score all test samples together.
+
+    Args:
+        classifier: fitted anew for each split.
+        features: (N, F).
+        labels: (N,).
+        splits: pairs of indices of training and of test samples.
+
+    Raises:
+        DataError: if training samples are of one class only.
+    """
+    truth, predicted, classes = [], [], 0
+    for train, test in splits:
+        found = np.unique(labels[train])
+        if len(found) < 2:
+            raise DataError("the training samples are all of one class", "A probe needs labels of two classes or more.")
+        classes = max(classes, len(found))
+        classifier.fit(features[train], labels[train])
+        truth.append(labels[test])
+        predicted.append(classifier.predict(features[test]))
+    y, z = np.concatenate(truth), np.concatenate(predicted)
+    return Scores(float(accuracy_score(y, z)), float(balanced_accuracy_score(y, z)), len(y), classes)
+
+
+def leave_one_out(groups: Labels) -> list[tuple[Labels, Labels]]:
+    """Splits that leave each group out in turn.
+
+    Raises:
+        DataError: if there is only one group.
+    """
+    if len(np.unique(groups)) < 2:
+        raise DataError("all samples lie at one location", "Use --holdout split, or data from several locations.")
+    return list(LeaveOneGroupOut().split(groups, groups=groups))
+
+
+def few_shot(
+    splits: list[tuple[Labels, Labels]], labels: Labels, count: int, seed: int
+) -> Iterator[tuple[Labels, Labels]]:
+    """The same splits with at most ``count`` training samples of each class, drawn at random."""
+    rng = np.random.default_rng(seed)
+    for train, test in splits:
+        kept = [rng.permutation(train[labels[train] == label])[:count] for label in np.unique(labels[train])]
+        yield np.concatenate(kept), test

@@ -1,0 +1,103 @@
+"""Brings a run folder up to date after a checkpoint: merged encoder, decoder, adapter, pictures, record."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geoexplora.datamodules.tiles import TilesDataModule
+from geoexplora.explora import merged_state_dict, save_adapter
+from geoexplora.objectives.mae import normalize_patches, patchify, unpatchify
+from geoexplora.runs.folder import RunFolder
+from geoexplora.runs.metrics import read_metrics
+from geoexplora.runs.plots import plot_loss, plot_reconstruction
+from geoexplora.tasks.features import evaluating
+from geoexplora.tasks.pretrain_task import ExPLoRAPretrain
+from geoexplora.weights.write import save_decoder, save_encoder
+
+SHOWN = 4
+"""Images in the picture of reconstructions."""
+
+
+class RunExport:
+    """Writes everything of a run folder that follows from the weights; call it after a checkpoint.
+
+    Args:
+        folder: the run folder.
+        datamodule: gives the images of the picture.
+    """
+
+    def __init__(self, folder: RunFolder, datamodule: TilesDataModule) -> None:
+        self.folder = folder
+        self.datamodule = datamodule
+
+    def __call__(self, trainer: Any, task: Any) -> None:
+        """Write the files.
+
+        Raises:
+            RunError: if one cannot be written.
+        """
+        step = trainer.global_step
+        save_encoder(self.folder.encoder_file, merged_state_dict(task.model.encoder), task.spec, step=step)
+        decoder = task.model.decoder
+        settings = {
+            "width": decoder.embed.out_features,
+            "depth": len(decoder.blocks),
+            "heads": decoder.blocks[0].attn.num_heads,
+            "norm_pix_loss": task.hparams["norm_pix_loss"],
+        }
+        save_decoder(self.folder.decoder_file, merged_state_dict(decoder), task.spec, settings, step=step)
+        if task.is_explora:
+            save_adapter(self.folder.adapter, task.model.encoder, task.config, task.spec.source)
+        last = read_metrics(self.folder.metrics_file)[-1]
+        self.folder.update_run_json(step=step, metrics=last)
+        plot_loss(self.folder.metrics_file, self.folder.loss_plot)
+        self._plot_reconstruction(task)
+
+    def _plot_reconstruction(self, task: ExPLoRAPretrain) -> None:
+        dataset = self.datamodule.eval_dataset("val" if self.datamodule.has_split("val") else "train")
+        chosen = torch.linspace(0, len(dataset) - 1, min(SHOWN, len(dataset))).long().tolist()
+        images = torch.stack([dataset[index]["image"] for index in chosen]).to(task.device)
+        masked, rebuilt = reconstruct(task, images)
+        inverse = self.datamodule.normalization.inverse
+        hidden = masked.isnan()
+        plot_reconstruction(
+            self.folder.reconstruction_plot,
+            inverse(images.cpu()),
+            inverse(images.cpu()).masked_fill(hidden.cpu(), torch.nan),
+            inverse(rebuilt.cpu()),
+            task.spec.bands,
+            self.datamodule.sensor,
+        )
+
+
+def reconstruct(task: ExPLoRAPretrain, images: Tensor) -> tuple[Tensor, Tensor]:
+    """What the autoencoder sees of images and makes of them.
+
+    Args:
+        task: the task; its mask depends on its seed only.
+        images: (B, C, S, S), normalized.
+
+    Returns:
+        The images with NaN where hidden, and the reconstruction: visible patches as they are, hidden ones predicted
+        (with the true mean and deviation of a patch where these were normalized away). Both (B, C, S, S).
+    """
+    decoder, encoder = task.model.decoder, task.model.encoder
+    mask = task.draw_mask(len(images))
+    with evaluating(task.model):
+        pred = task.model(images, mask.keep).pred.float()
+    patches = patchify(images, decoder.patch_size)
+    order = torch.tensor(decoder.channel_order, device=images.device).argsort()
+    pred = pred[:, order]
+    if task.hparams["norm_pix_loss"]:
+        _, mean, std = normalize_patches(patches)
+        pred = pred * std + mean
+    sizes = torch.tensor(decoder.group_sizes, device=images.device)
+    hidden = mask.removed.repeat_interleave(sizes, dim=1)[:, order].bool().unsqueeze(-1)
+    grid = encoder.patch_embed.grid_size
+    return (
+        unpatchify(patches.masked_fill(hidden, torch.nan), grid),
+        unpatchify(torch.where(hidden, pred, patches), grid),
+    )

@@ -1,0 +1,261 @@
+"""``geoexplora pretrain``: from resolved options to a run folder."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+from geoexplora.datamodules.tiles import TilesDataModule
+from geoexplora.errors import ConfigError
+from geoexplora.explora import format_table, table_to_json
+from geoexplora.registry import DATASETS, load, look_up
+from geoexplora.runs.checkpoint import RunCheckpoint, find_checkpoint
+from geoexplora.runs.folder import RunFolder
+from geoexplora.runs.metrics import Metrics
+from geoexplora.runs.progress import progress_callback
+from geoexplora.tasks.callbacks import KNNProbe, MetricsWriter
+from geoexplora.tasks.exports import RunExport
+from geoexplora.tasks.pretrain_task import ExPLoRAPretrain
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a pre-training takes.
+
+    Attributes:
+        steps: optimizer steps.
+        accumulate: batches on each device in a step.
+        images_per_step: effective batch size.
+        warmup_steps: steps with a rising learning rate.
+    """
+
+    steps: int
+    accumulate: int
+    images_per_step: int
+    warmup_steps: int
+
+    @classmethod
+    def of(cls, options: Any, images: int) -> Schedule:
+        """The schedule that the options ask for.
+
+        An effective batch larger than the dataset is lowered to it, with a warning.
+
+        Args:
+            options: batch sizes, devices, epochs or steps.
+            images: number of training images.
+        """
+        parallel = options.batch_size * options.devices * options.num_nodes
+        wanted = options.effective_batch_size or parallel
+        accumulate = max(1, min(wanted, images) // parallel)
+        images_per_step = accumulate * parallel
+        if images_per_step < wanted:
+            log.warning(
+                "the effective batch size is lowered from %d to %d: there are only %d training images",
+                wanted,
+                images_per_step,
+                images,
+            )
+        steps = options.max_steps or max(1, math.ceil((options.epochs or 0) * images / images_per_step))
+        warmup = options.warmup_steps
+        if warmup is None:
+            warmup = round(options.warmup_epochs * images / images_per_step)
+        return cls(steps, accumulate, images_per_step, min(warmup, max(0, steps - 1)))
+
+
+def pretrain(options: Any) -> dict[str, Any]:
+    """Pre-train, or go on with a run.
+
+    Args:
+        options: settings of ``geoexplora pretrain`` (``geoexplora.cli.pretrain.PretrainOptions``).
+
+    Returns:
+        The last row of the metrics.
+
+    Raises:
+        GeoExploraError: if data, weights, settings or the run folder are not as they should be.
+    """
+    _quiet()
+    folder = RunFolder(options.output)
+    leads = rank_zero_only.rank == 0
+    resumes = options.resume and folder.holds_run
+    datamodule = open_data(options)
+    datamodule.setup("fit")
+    schedule = Schedule.of(options, len(datamodule.train_dataset))
+    checkpoint = find_checkpoint(folder) if resumes else None
+    state = folder.read_run_json()["source"] if checkpoint else None
+    task = build_task(options, datamodule, schedule, state)
+    if leads:
+        folder.open() if resumes else folder.create()
+    try:
+        metrics = Metrics(folder.metrics_file)
+        step = 0
+        if checkpoint is not None:
+            step = torch.load(checkpoint, mmap=True, weights_only=True)["global_step"]
+        if leads:
+            metrics.truncate_after(step if checkpoint else -1)
+            _record(folder, options, task, datamodule, schedule)
+        if step >= schedule.steps:
+            log.info("%s is complete: %d steps", folder.path, step)
+        datamodule.num_batches = schedule.steps * schedule.accumulate
+        datamodule.first_batch = step * schedule.accumulate
+        trainer = _trainer(options, schedule, folder, metrics, datamodule)
+        trainer.fit(task, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+    finally:
+        if leads:
+            folder.close()
+    log.info("run folder: %s (encoder.safetensors, adapter/, metrics.csv, plots/)", folder.path)
+    return dict(folder.read_run_json().get("metrics", {}))
+
+
+def open_data(options: Any) -> TilesDataModule:
+    """The datamodule that the options name.
+
+    Raises:
+        ConfigError: if the dataset is unknown or a setting does not suit it.
+    """
+    entry = look_up("dataset", options.dataset, DATASETS)
+    datamodule: TilesDataModule = load(entry.datamodule)(
+        options.root,
+        image_size=options.image_size,
+        batch_size=options.batch_size,
+        num_workers=options.num_workers,
+        normalization=options.normalization,
+        antialias=options.antialias,
+        crop_scale=options.crop_scale,
+        years=options.years,
+        missing=options.missing,
+        max_unreadable=options.max_unreadable,
+        seed=options.seed,
+        **({} if options.bands is None else {"bands": options.bands}),
+    )
+    return datamodule
+
+
+def build_task(
+    options: Any, datamodule: TilesDataModule, schedule: Schedule, state: dict[str, Any] | None
+) -> ExPLoRAPretrain:
+    """The task that the options describe.
+
+    Args:
+        options: settings of ``geoexplora pretrain``.
+        datamodule: gives bands, sensor and normalization.
+        schedule: gives the length.
+        state: what an earlier start of this run found in ``--init``.
+    """
+    if options.mode == "explora" and options.init is None:
+        log.warning("no --init: ExPLoRA starts from random weights, most of which stay as they are")
+    scale = schedule.images_per_step / 256
+    return ExPLoRAPretrain(
+        model=options.model,
+        image_size=options.image_size,
+        patch_size=options.patch_size,
+        sensor=datamodule.sensor.name,
+        bands=datamodule.bands,
+        normalization=datamodule.normalization.to_dict(),
+        groups=options.groups,
+        antialias=options.antialias,
+        init=options.init,
+        band_init=options.band_init,
+        mode=options.mode,
+        whole_blocks=options.whole_blocks,
+        rank=options.rank,
+        alpha=options.alpha,
+        decoder_rank=options.decoder_rank,
+        decoder_width=options.decoder_width,
+        decoder_depth=options.decoder_depth,
+        decoder_heads=options.decoder_heads,
+        mask_ratio=options.mask_ratio,
+        mask=options.mask,
+        norm_pix_loss=options.norm_pix_loss,
+        pairing=options.pairing,
+        lr=options.lr * scale,
+        whole_blocks_lr_scale=options.whole_blocks_lr_scale,
+        min_lr=options.min_lr * scale,
+        warmup_steps=schedule.warmup_steps,
+        total_steps=schedule.steps,
+        weight_decay=options.weight_decay,
+        seed=options.seed,
+        grad_checkpointing=options.grad_checkpointing,
+        source_state=state,
+    )
+
+
+def _record(
+    folder: RunFolder, options: Any, task: ExPLoRAPretrain, datamodule: TilesDataModule, schedule: Schedule
+) -> None:
+    table = task.parameter_table()
+    log.info("what is trained:\n%s", format_table(table))
+    log.info(
+        "%d images, %d steps of %d images, learning rate %.3g",
+        len(datamodule.train_dataset),
+        schedule.steps,
+        schedule.images_per_step,
+        task.hparams["lr"],
+    )
+    folder.write_config(options.to_config())
+    folder.update_run_json(
+        command="pretrain",
+        source=task.source_state,
+        bands=list(task.spec.bands),
+        groups=None if task.spec.groups is None else [list(group) for group in task.spec.groups],
+        normalization=dict(task.spec.normalization),
+        parameters=table_to_json(table),
+        schedule=vars(schedule),
+    )
+
+
+def _trainer(
+    options: Any, schedule: Schedule, folder: RunFolder, metrics: Metrics, datamodule: TilesDataModule
+) -> Trainer:
+    callbacks = [MetricsWriter(metrics, options.log_every, schedule.images_per_step), progress_callback("pre-training")]
+    if options.probe_every and _has_labels(datamodule):
+        callbacks.append(KNNProbe(metrics, datamodule, options.probe_every))
+    export = RunExport(folder, datamodule)
+    callbacks.append(
+        RunCheckpoint(folder, options.checkpoint_every, before_save=metrics.sync, on_saved=export)
+    )
+    try:
+        return Trainer(
+            accelerator=options.accelerator,
+            devices=options.devices,
+            num_nodes=options.num_nodes,
+            strategy=options.strategy,
+            precision="bf16-mixed" if options.precision == "bf16" else "32-true",
+            max_epochs=-1,
+            max_steps=schedule.steps,
+            accumulate_grad_batches=schedule.accumulate,
+            gradient_clip_val=options.clip_grad,
+            callbacks=callbacks,
+            logger=False,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            enable_model_summary=False,
+            default_root_dir=folder.path,
+        )
+    except (ValueError, RuntimeError) as problem:  # Lightning's MisconfigurationException is one of these
+        raise ConfigError(
+            f"these devices cannot be used: {problem}", "Check --accelerator, --devices and --strategy."
+        ) from problem
+
+
+def _has_labels(datamodule: TilesDataModule) -> bool:
+    if not (datamodule.has_split("train") and datamodule.has_split("val")):
+        return False
+    return len(set(datamodule.eval_dataset("train").labels.tolist())) > 1
+
+
+def _quiet() -> None:
+    """Hide Lightning's advice that does not apply: data order, logging and checkpoints are this package's."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for text in (".*does not have many workers.*", ".*The number of training batches.*", ".*mid-epoch.*"):
+        warnings.filterwarnings("ignore", text)

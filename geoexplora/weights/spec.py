@@ -1,0 +1,206 @@
+"""What an encoder is and what it expects: architecture, bands, groups, normalization, source. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from geoexplora.bands import SENSORS, resolve_groups
+from geoexplora.errors import ConfigError, WeightsError
+from geoexplora.registry import MODELS, look_up
+
+FORMAT_VERSION = 1
+"""Version of the header; raised when older readers could misread it."""
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """An encoder's description, as it stands in the header of ``encoder.safetensors``.
+
+    ``timm.create_model(spec.timm_name, **spec.timm_args)`` builds the encoder.
+
+    Attributes:
+        model: our name of the architecture, such as ``vit_base``.
+        timm_name: timm's name of the model.
+        timm_args: keyword arguments for ``timm.create_model``, plain JSON types.
+        width: token width.
+        depth: number of blocks.
+        heads: attention heads.
+        image_size: image side in pixels.
+        patch_size: patch side in pixels.
+        sensor: name of the sensor, as in ``geoexplora.bands.SENSORS``.
+        bands: names of the input bands, in the order of the channels.
+        groups: channel groups by band names; None for a plain ViT.
+        normalization: ``Normalization.to_dict()``: method, bands, mean, std.
+        units: what pixel values mean before normalization.
+        antialias: whether images were resized with antialiasing.
+        source: where the weights came from: path or name, sha256, format; None if trained from scratch.
+        band_init: the policy by which patch embeddings of new bands were started; None if there was no need.
+        pool: how the encoder's tokens become one feature vector by default: ``mean`` of the patch tokens, or ``cls``.
+    """
+
+    model: str
+    timm_name: str
+    timm_args: Mapping[str, Any]
+    width: int
+    depth: int
+    heads: int
+    image_size: int
+    patch_size: int
+    sensor: str
+    bands: tuple[str, ...]
+    groups: tuple[tuple[str, ...], ...] | None
+    normalization: Mapping[str, Any]
+    units: str
+    antialias: bool = False
+    source: Mapping[str, Any] | None = field(default=None)
+    band_init: str | None = None
+    pool: str = "mean"
+
+    @classmethod
+    def of(
+        cls,
+        model: str,
+        *,
+        image_size: int,
+        patch_size: int,
+        sensor: str,
+        bands: Sequence[str],
+        normalization: Mapping[str, Any],
+        groups: Sequence[Sequence[str]] | None = None,
+        antialias: bool = False,
+        source: Mapping[str, Any] | None = None,
+        band_init: str | None = None,
+        pool: str = "mean",
+    ) -> EncoderSpec:
+        """Describe an encoder by our model name and its bands; timm's name and arguments follow from these.
+
+        Args:
+            model: a name in ``geoexplora.registry.MODELS``.
+            image_size: image side in pixels.
+            patch_size: patch side in pixels.
+            sensor: name of the sensor.
+            bands: input bands in the order of the channels.
+            normalization: ``Normalization.to_dict()`` for these bands.
+            groups: channel groups by band names; None for a plain ViT.
+            antialias: whether images are resized with antialiasing.
+            source: where the weights came from.
+            band_init: policy for the patch embeddings of new bands.
+            pool: ``mean`` or ``cls``.
+
+        Raises:
+            ConfigError: for an unknown model, sensor or band, wrong groups, or an image size that is not a multiple of
+                the patch size.
+        """
+        architecture = look_up("model", model, MODELS)
+        known = look_up("sensor", sensor, SENSORS)
+        names = known.select(bands)
+        if patch_size < 1 or image_size < patch_size or image_size % patch_size:
+            raise ConfigError(
+                f"image size {image_size} is not a multiple of patch size {patch_size}",
+                "Choose --image-size as a multiple of --patch-size.",
+            )
+        if groups is None:
+            timm_name, grouped = architecture.timm, None
+            timm_args = _plain_arguments(model, image_size, patch_size, len(names))
+        else:
+            indices = resolve_groups(groups, names, known)
+            timm_name, grouped = f"group_channel_{model}", tuple(tuple(names[i] for i in group) for group in indices)
+            timm_args = {
+                "img_size": image_size,
+                "patch_size": patch_size,
+                "groups": [list(group) for group in indices],
+                "num_classes": 0,
+            }
+        return cls(
+            model, timm_name, timm_args, architecture.width, architecture.depth, architecture.heads,
+            image_size, patch_size, sensor, names, grouped, dict(normalization), known.units, antialias,
+            None if source is None else dict(source), band_init, pool,
+        )  # fmt: skip
+
+    def to_metadata(self) -> dict[str, str]:
+        """The description as a safetensors header: every value is JSON, but for strings, which stand as they are."""
+        header = {"format": "pt", "geoexplora": "encoder", "version": str(FORMAT_VERSION)}
+        return header | {name: _encode(value) for name, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> EncoderSpec:
+        """Read a safetensors header back.
+
+        Args:
+            metadata: the header's strings.
+
+        Raises:
+            WeightsError: if it is not a header of ours, is damaged, or comes from a newer version of this package.
+        """
+        if metadata.get("geoexplora") not in {"encoder", "decoder"}:
+            raise WeightsError("the file has no description of an encoder", "Name an encoder.safetensors or a run.")
+        if not metadata.get("version", "").isdigit() or int(metadata["version"]) > FORMAT_VERSION:
+            raise WeightsError(
+                f"the file's header has version {metadata.get('version')!r}, this package reads {FORMAT_VERSION}",
+                "Update geoexplora: pip install --upgrade geoexplora.",
+            )
+        problems: list[str] = []
+        values: dict[str, Any] = {}
+        for entry in fields(cls):
+            if entry.name in metadata:
+                try:
+                    values[entry.name] = _decode(entry.name, metadata[entry.name])
+                except (ValueError, TypeError) as problem:
+                    problems.append(f"{entry.name} ({problem})")
+            elif entry.name == "groups":
+                values["groups"] = None
+            elif entry.name not in _OPTIONAL:
+                problems.append(f"{entry.name} (missing)")
+        if problems:
+            raise WeightsError(f"the file's header is damaged: {', '.join(problems)}", "Take another copy of the file.")
+        return cls(**values)
+
+
+_TEXT = ("model", "timm_name", "sensor", "units", "band_init", "pool")
+_NUMBERS = ("width", "depth", "heads", "image_size", "patch_size")
+_OPTIONAL = ("antialias", "source", "band_init", "pool")
+
+
+def _encode(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _decode(name: str, text: str) -> Any:
+    if name in _TEXT:
+        return text
+    value = json.loads(text)
+    if name in _NUMBERS:
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{value!r} is not a positive whole number")
+        return value
+    if name == "bands":
+        return tuple(str(band) for band in value)
+    if name == "groups":
+        return tuple(tuple(str(band) for band in group) for group in value)
+    if name == "antialias":
+        return bool(value)
+    if not isinstance(value, dict):
+        raise TypeError(f"{value!r} is not a set of values")
+    return value
+
+
+def _plain_arguments(model: str, image_size: int, patch_size: int, channels: int) -> dict[str, Any]:
+    """Arguments that turn the stock timm model into the wanted one: only what differs."""
+    architecture = MODELS[model]
+    parsed = re.fullmatch(r"(\w+)_patch(\d+)_(\d+)", architecture.timm)
+    if parsed is None:
+        raise ValueError(f"{architecture.timm} does not tell its patch and image size")
+    stock = MODELS[parsed[1]]
+    wanted = {
+        "img_size": (image_size, int(parsed[3])),
+        "patch_size": (patch_size, int(parsed[2])),
+        "in_chans": (channels, 3),
+        "embed_dim": (architecture.width, stock.width),
+        "depth": (architecture.depth, stock.depth),
+        "num_heads": (architecture.heads, stock.heads),
+    }
+    return {name: value for name, (value, default) in wanted.items() if value != default} | {"num_classes": 0}

@@ -1,0 +1,82 @@
+"""Recipes: all resolve, all say what a recipe must say, and the command lists, shows and copies them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from geoexplora.cli.recipe_files import recipe_file, recipe_folder, recipe_header, recipe_names
+from geoexplora.registry import DATASETS
+
+
+def test_every_dataset_has_its_recipe():
+    assert {f"pretrain/{name}" for name in DATASETS} <= set(recipe_names())
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipe_resolves(run, name):
+    command = name.split("/")[0]
+    got = run(command, "--config", name, "--root", "data", "--output", "runs/a")
+    assert got.status == 0, got.err
+    assert got.options.output == "runs/a"
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_recipe_says_command_hardware_expectation_and_source(name):
+    header = "\n".join(recipe_header(name))
+    for word in ("Command:", "Hardware:", "Expected:", "Source:"):
+        assert word in header, f"{name} does not state its {word}"
+    assert header.splitlines()[0].endswith("."), "the first line is what `recipes list` shows"
+
+
+def test_the_sentinel_recipe_is_the_papers(run):
+    options = run("pretrain", "--dataset", "fmow-sentinel", "--root", "d", "--output", "o").options
+    assert (options.model, options.whole_blocks, options.rank, options.weight_decay) == ("vit_large", (1, "L"), 32, 0)
+    assert (options.decoder_width, options.decoder_depth, options.decoder_heads) == (512, 8, 16)
+    assert (options.image_size, options.patch_size, options.mask_ratio, options.mask) == (96, 8, 0.75, "independent")
+
+
+def test_list(run):
+    got = run("recipes")
+    assert got.status == 0
+    assert [line.split()[0] for line in got.out.splitlines()] == recipe_names()
+
+
+def test_show(run):
+    name = "pretrain/fmow-sentinel"
+    expected = recipe_file(name).read_text()
+    assert run("recipes", "show", name).out == expected
+    assert run("recipes", "show", f"{name}.yaml").out == expected
+
+
+def test_copy(run):
+    name = "pretrain/fmow-sentinel"
+    assert run("recipes", "copy", name, "mine.yaml").status == 0
+    assert Path("mine.yaml").read_text() == recipe_file(name).read_text()
+    assert run("recipes", "copy", name, "folder/").status == 0
+    assert Path("folder/fmow-sentinel.yaml").is_file()
+    refused = run("recipes", "copy", name, "mine.yaml")
+    assert refused.status == 2
+    assert "--force" in refused.err
+    assert run("recipes", "copy", name, "mine.yaml", "--force").status == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("show", "pretrain/fmow"), "Did you mean pretrain/fmow-sentinel"),
+        (("show",), "needs a name"),
+        (("shw", "x"), "Did you mean show?"),
+        (("list", "x"), "takes no name"),
+        (("show", "a", "b", "c"), "unexpected argument 'c'"),
+    ],
+)
+def test_bad_input(run, words, text):
+    got = run("recipes", *words)
+    assert got.status == 2
+    assert text in got.err
+
+
+def test_recipes_lie_where_the_package_finds_them():
+    assert recipe_folder().is_dir()

@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from geoexplora.bands import FMOW_SENTINEL_BANDS, FMOW_SENTINEL_GROUPS, SENTINEL2
+from geoexplora.errors import ConfigError, WeightsError
+from geoexplora.registry import MODELS
+from geoexplora.weights.load import build_encoder
+from geoexplora.weights.spec import EncoderSpec
+
+
+def test_round_trip(rgb_spec: EncoderSpec, group_spec: EncoderSpec) -> None:
+    full = replace(group_spec, source={"name": "a.pth", "sha256": "0" * 64}, band_init="mean", antialias=True, pool="cls")
+    for spec in (rgb_spec, group_spec, full):
+        metadata = spec.to_metadata()
+        assert all(isinstance(value, str) for value in metadata.values())
+        assert metadata["format"] == "pt"
+        assert EncoderSpec.from_metadata(metadata) == spec
+
+
+@given(
+    st.lists(st.sampled_from(SENTINEL2.band_names), min_size=1, unique=True),
+    st.sampled_from(sorted(MODELS)),
+    st.integers(1, 32),
+    st.integers(1, 20),
+    st.booleans(),
+    st.data(),
+)
+def test_round_trip_of_any(
+    bands: list[str], model: str, patch: int, grid: int, antialias: bool, data: st.DataObject
+) -> None:
+    cut = data.draw(st.integers(1, len(bands)))
+    groups = data.draw(st.sampled_from([None, [part for part in (bands[:cut], bands[cut:]) if part]]))
+    spec = EncoderSpec.of(
+        model,
+        image_size=patch * grid,
+        patch_size=patch,
+        sensor="sentinel-2",
+        bands=bands,
+        groups=groups,
+        normalization={"method": "standardize", "bands": bands, "mean": [0.1] * len(bands), "std": [1.0] * len(bands)},
+        antialias=antialias,
+    )
+    assert EncoderSpec.from_metadata(spec.to_metadata()) == spec
+    json.dumps(spec.timm_args)
+
+
+@pytest.mark.parametrize("model", sorted(MODELS))
+@pytest.mark.parametrize("groups", [None, FMOW_SENTINEL_GROUPS])
+def test_builds_the_architecture(model: str, groups: tuple[tuple[str, ...], ...] | None) -> None:
+    spec = EncoderSpec.of(
+        model,
+        image_size=96,
+        patch_size=8,
+        sensor="sentinel-2",
+        bands=FMOW_SENTINEL_BANDS,
+        groups=groups,
+        normalization={},
+    )
+    with torch.device("meta"):
+        encoder = build_encoder(spec) if groups is None else None
+    architecture = MODELS[model]
+    assert (spec.width, spec.depth, spec.heads) == (architecture.width, architecture.depth, architecture.heads)
+    assert spec.units == SENTINEL2.units
+    if encoder is not None:
+        assert (encoder.embed_dim, len(encoder.blocks)) == (spec.width, spec.depth)
+        assert encoder.blocks[0].attn.num_heads == spec.heads
+        assert encoder.patch_embed.proj.weight.shape == (spec.width, 10, 8, 8)
+    else:
+        assert spec.timm_name == f"group_channel_{model}"
+        assert spec.timm_args["groups"] == [[0, 1, 2, 6], [3, 4, 5, 7], [8, 9]]
+
+
+def test_builds_group_channels(group_spec: EncoderSpec) -> None:
+    encoder = build_encoder(group_spec)
+    assert encoder(torch.rand(2, 10, 48, 48)).shape == (2, 128)
+
+
+def test_plain_arguments_are_only_what_differs() -> None:
+    arguments = {"image_size": 224, "patch_size": 16, "sensor": "rgb", "bands": ("R", "G", "B"), "normalization": {}}
+    assert EncoderSpec.of("vit_base", **arguments).timm_args == {"num_classes": 0}
+    assert EncoderSpec.of("vit_base", **(arguments | {"image_size": 96, "patch_size": 8})).timm_args == {
+        "img_size": 96,
+        "patch_size": 8,
+        "num_classes": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model": "vit_bse"}, "Did you mean vit_base"),
+        ({"sensor": "sentinel2"}, "Did you mean sentinel-2"),
+        ({"bands": ("B2", "B03", "B99")}, "unknown band 'B99'"),
+        ({"image_size": 100}, "image size 100 is not a multiple of patch size 8"),
+        ({"groups": (("B2",), ("B2", "B3"))}, "group 1 and in group 2"),
+    ],
+)
+def test_refuses(changed: dict[str, object], message: str) -> None:
+    arguments = {
+        "model": "vit_base",
+        "image_size": 96,
+        "patch_size": 8,
+        "sensor": "sentinel-2",
+        "bands": ("B2", "B3"),
+        "normalization": {},
+    }
+    with pytest.raises(ConfigError, match=message):
+        EncoderSpec.of(**(arguments | changed))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("geoexplora", None, "no description of an encoder"),
+        ("version", "99", "pip install --upgrade geoexplora"),
+        ("version", "x", "version 'x'"),
+        ("width", None, r"width \(missing\)"),
+        ("width", "-3", "not a positive whole number"),
+        ("bands", "[", "bands"),
+        ("normalization", "[1]", "normalization"),
+    ],
+)
+def test_damaged_header(group_spec: EncoderSpec, name: str, value: str | None, message: str) -> None:
+    metadata = group_spec.to_metadata()
+    if value is None:
+        del metadata[name]
+    else:
+        metadata[name] = value
+    with pytest.raises(WeightsError, match=message):
+        EncoderSpec.from_metadata(metadata)
+
+
+def test_all_damage_is_told_at_once(rgb_spec: EncoderSpec) -> None:
+    metadata = rgb_spec.to_metadata() | {"depth": "x", "heads": "0"}
+    with pytest.raises(WeightsError, match=r"depth .*heads"):
+        EncoderSpec.from_metadata(metadata)
+
+
+def test_what_timm_cannot_build(rgb_spec: EncoderSpec) -> None:
+    with pytest.raises(WeightsError, match="cannot build vit_nonsense"):
+        build_encoder(replace(rgb_spec, timm_name="vit_nonsense"))
