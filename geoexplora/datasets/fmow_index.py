@@ -142,7 +142,7 @@ def _read_table(path: Path, changed: int, size: int) -> Table:
                 f"{path} has no column {', '.join(missing)}; it has {found or 'none'}",
                 f"The csv files of fMoW-Sentinel have the columns {', '.join(COLUMNS)}, polygon.",
             )
-        frame = pd.read_csv(path, usecols=list(COLUMNS), dtype=str, keep_default_na=False)
+        frame = pd.read_csv(path, usecols=list(COLUMNS), dtype=str, keep_default_na=False).fillna("")
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, OSError) as error:
         raise DataError(f"{path} cannot be read as csv: {error}", "Download or write it again.") from error
     codes, categories = pd.factorize(frame["category"], sort=True)

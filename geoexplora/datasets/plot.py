@@ -35,8 +35,9 @@ def plot_tile(
     shown = [common.index(name) for name in TRUE_COLOUR] if colour else [0]
     values = image.detach().cpu().numpy()[shown].transpose(1, 2, 0).astype(np.float64)
     # Band by band, since level-1C imagery is blue with haze otherwise, but a flat band not so far that its noise shows.
-    low, high = np.asarray(np.nanpercentile(values, PERCENTILES, axis=(0, 1)), dtype=np.float64)
-    span = np.maximum(high - low, max(float((high - low).max()) / 2, np.finfo(np.float32).eps))
+    low, high = np.nanpercentile(values, PERCENTILES, axis=(0, 1))
+    least = max(float((high - low).max()) / 2, float(np.finfo(np.float32).eps))
+    span = np.maximum(high - low, least)
     values = np.clip((values - low) / span, 0, 1)
     height, width = values.shape[:2]
     figure, axes = plt.subplots(figsize=(4, 4 * min(max(height / width, 0.4), 2)), layout="constrained")

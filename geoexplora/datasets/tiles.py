@@ -57,7 +57,7 @@ class UnusableTileError(Exception):
 def read_geotiff(path: Path, expected: Sequence[str], keep: Sequence[int], nodata: float) -> Array:
     """Read some bands of a small GeoTIFF.
 
-    Tiles are decoded whole by imagecodecs, 5 to 15 times as fast as by GDAL (benchmarks/data_loading.py), whose
+    Tiles are decoded whole by imagecodecs, 5 to 10 times as fast as by GDAL (benchmarks/data_loading.py), whose
     opening of a file outweighs the reading. Whatever imagecodecs does not understand goes to rasterio.
 
     Args:

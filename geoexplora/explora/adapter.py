@@ -88,13 +88,16 @@ def load_adapter(folder: Path, encoder: Any) -> ExploraConfig:
     """
     try:
         with safe_open(folder / TRAINED_FILE, "pt") as file:
-            header = file.metadata()
+            header = file.metadata() or {}
         tensors = load_file(folder / TRAINED_FILE)
         lora = load_file(folder / LORA_FILE) if (folder / LORA_FILE).exists() else {}
     except (OSError, SafetensorError) as problem:
         raise WeightsError(f"cannot read the adapter {folder}: {problem}", "Name the adapter/ of a run.") from problem
-    settings = json.loads(header["explora"])
-    config = ExploraConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
+    if "explora" not in header:
+        raise WeightsError(f"{folder / TRAINED_FILE} does not say what was trained", "Name the adapter/ of a run.")
+    settings: dict[str, Any] = json.loads(header["explora"])
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    config = ExploraConfig(**settings)
     apply_explora(encoder, config)
     for name, tensor in lora.items():
         stem, _, kind = name.removeprefix(_PEFT_PREFIX).rpartition(".")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import peft
 from timm.layers import Attention
@@ -27,21 +27,22 @@ def apply_explora(encoder: Any, config: ExploraConfig) -> None:
         config: what to train.
 
     Raises:
-        ConfigError: if the model carries LoRA already, a whole block does not exist, the rank exceeds the width, or
-            LoRA was asked for but no block is left to carry it.
+        ConfigError: if the model carries LoRA already, a whole block does not exist, the rank exceeds the width,
+            LoRA was asked for but no block is left to carry it, or the attention cannot be split. The model is then
+            unchanged.
     """
-    depth, width = len(encoder.blocks), encoder.embed_dim
+    _refuse_lora(encoder)
+    depth = len(encoder.blocks)
     outside = [number for number in config.whole_blocks if not 1 <= number <= depth]
     if outside:
         raise ConfigError(f"whole block {outside[0]} is out of range: the model has {depth} blocks", "Count from 1.")
-    encoder.requires_grad_(False)
     others = [number for number in range(1, depth + 1) if number not in config.whole_blocks]
     if config.rank:
-        if config.rank > width:
-            raise ConfigError(f"LoRA rank {config.rank} exceeds the width {width}", f"Use at most {width}.")
         if not others:
             raise ConfigError("every block is trained whole: none is left for LoRA", "Use --rank 0 or --mode full.")
         add_lora(encoder, config, others, config.rank)
+    for name, parameter in encoder.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
     for number in config.whole_blocks:
         encoder.blocks[number - 1].requires_grad_(True)
     if config.norms:
@@ -63,15 +64,21 @@ def apply_explora_to_decoder(decoder: Any, config: ExploraConfig, pretrained: bo
         pretrained: whether its weights come from the source. A decoder without source weights is trained whole: there
             is nothing to keep.
         new_bands: whether its output projections are new.
+
+    Raises:
+        ConfigError: if the decoder carries LoRA already, or the decoder's rank exceeds its width.
     """
+    _refuse_lora(decoder)
     encodings = [decoder.pos_embed] if decoder.groups is None else [decoder.pos_embed, decoder.channel_embed]
-    decoder.requires_grad_(not pretrained)
-    for encoding in encodings:
-        encoding.requires_grad_(False)
     if not pretrained:
+        decoder.requires_grad_(True)
+        for encoding in encodings:
+            encoding.requires_grad_(False)
         return
     if config.decoder_rank:
         add_lora(decoder, config, range(1, len(decoder.blocks) + 1), config.decoder_rank)
+    for name, parameter in decoder.named_parameters():
+        parameter.requires_grad_(".lora_" in name)
     if config.norms:
         unfreeze_norms(decoder)
     if new_bands:
@@ -82,20 +89,24 @@ def add_lora(model: Any, config: ExploraConfig, numbers: Any, rank: int) -> None
     """Split the attention of the numbered blocks (1-based) and give its targets LoRA, in place.
 
     Raises:
-        ConfigError: if the model carries LoRA already, or its blocks have no attention that can be split.
+        ConfigError: if the model carries LoRA already, the rank exceeds its width, or its blocks have no attention
+            that can be split. The model is then unchanged.
     """
-    if hasattr(model, "peft_config"):
-        raise ConfigError("the model already carries LoRA", "Merge it first: geoexplora.explora.merge_lora(model).")
+    _refuse_lora(model)
+    for number in numbers:
+        attention = model.blocks[number - 1].attn
+        if type(attention) is not Attention and not isinstance(attention, SplitAttention):
+            raise ConfigError(f"cannot split {type(attention).__name__} in block {number}", "Use a plain timm ViT.")
+        if rank > (width := attention.proj.in_features):
+            raise ConfigError(f"LoRA rank {rank} exceeds the width {width}", f"Use at most {width}.")
     wanted = []
     for number in numbers:
         block = model.blocks[number - 1]
         if type(block.attn) is Attention:
             block.attn = SplitAttention.from_fused(block.attn)
-        elif not isinstance(block.attn, SplitAttention):
-            raise ConfigError(f"cannot split {type(block.attn).__name__} in block {number}", "Use a plain timm ViT.")
         wanted += [f"blocks.{number - 1}.attn.{target}" for target in config.targets]
     lora = peft.LoraConfig(
-        r=rank, lora_alpha=config.alpha or rank, target_modules=wanted, lora_dropout=0.0, bias="none"
+        r=rank, lora_alpha=cast(int, config.alpha or rank), target_modules=wanted, lora_dropout=0.0, bias="none"
     )
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     peft.inject_adapter_in_model(lora, model, ADAPTER)
@@ -105,6 +116,13 @@ def add_lora(model: Any, config: ExploraConfig, numbers: Any, rank: int) -> None
         raise ConfigError(f"LoRA matched {len(hit)} of {len(wanted)} projections", f"Expected {wanted}.")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trainable or ".lora_" in name)
+    # peft shortens long lists of targets (to "q_proj", ...), which would hit the whole blocks of a reloaded model too.
+    model.peft_config[ADAPTER].target_modules = set(wanted)
+
+
+def _refuse_lora(model: Any) -> None:
+    if hasattr(model, "peft_config"):
+        raise ConfigError("the model already carries LoRA", "Merge it first: geoexplora.explora.merge_lora(model).")
 
 
 def unfreeze_norms(model: nn.Module) -> None:

@@ -12,9 +12,14 @@ from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from geoexplora.explora.lora import base_layer, lora_projections
+from geoexplora.explora.lora import is_fusible, lora_projections
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+
+
+def _refuse_gate(attention: Attention) -> None:
+    if getattr(attention, "gate", None) is not None:  # older timm knows no gate
+        raise ValueError("gated attention cannot be split")
 
 
 class SplitAttention(Attention):
@@ -27,12 +32,11 @@ class SplitAttention(Attention):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if self.gate is not None:
-            raise ValueError("gated attention cannot be split")
+        _refuse_gate(self)
         self._take(self.qkv)
         del self.qkv
 
-    def _take(self, qkv: nn.Linear) -> None:
+    def _take(self, qkv: Any) -> None:
         """Cut a fused projection (3 D, D) in three."""
         biases = [None] * 3 if qkv.bias is None else list(qkv.bias.detach().chunk(3))
         for name, weight, bias in zip(PROJECTIONS, qkv.weight.detach().chunk(3), biases, strict=True):
@@ -45,7 +49,12 @@ class SplitAttention(Attention):
 
     @classmethod
     def from_fused(cls, attention: Attention) -> SplitAttention:
-        """The same attention with its fused projection cut in three; other submodules are shared."""
+        """The same attention with its fused projection cut in three; other submodules are shared.
+
+        Raises:
+            ValueError: if the attention is gated.
+        """
+        _refuse_gate(attention)
         split = cls.__new__(cls)
         nn.Module.__init__(split)
         split.__dict__.update({k: v for k, v in attention.__dict__.items() if not k.startswith("_")})
@@ -53,14 +62,12 @@ class SplitAttention(Attention):
         for name, module in attention.named_children():
             if name != "qkv":
                 setattr(split, name, module)
-        if attention.gate is not None:
-            raise ValueError("gated attention cannot be split")
         split.gate = None
         split._take(attention.qkv)
         return split
 
     def to_fused(self) -> Attention:
-        """timm's ``Attention`` with the projections put together again.
+        """Timm's ``Attention`` with the projections put together again.
 
         Raises:
             ValueError: if a projection still carries LoRA.
@@ -96,7 +103,7 @@ class SplitAttention(Attention):
             (B, N, D).
         """
         layers = tuple(getattr(self, name) for name in PROJECTIONS)
-        if self.training and not any(base_layer(layer).weight.requires_grad for layer in layers):
+        if self.training and all(is_fusible(layer) for layer in layers):
             projected = lora_projections(x, layers).chunk(3, dim=-1)
         else:
             projected = tuple(layer(x) for layer in layers)

@@ -37,6 +37,10 @@ class ExploraConfig:
     def __post_init__(self) -> None:
         if not set(self.targets) <= {"q_proj", "k_proj", "v_proj"}:
             raise ConfigError(f"unknown LoRA targets {self.targets}", "Choose among q_proj, k_proj and v_proj.")
+        if len(set(self.targets)) < max(1, len(self.targets)):
+            raise ConfigError(f"LoRA targets {self.targets} are none or repeated", "Name each projection once.")
+        if self.alpha is not None and self.alpha <= 0:
+            raise ConfigError(f"LoRA alpha {self.alpha} is not positive", "Leave it out for alpha = rank.")
         if self.rank < 0 or self.decoder_rank < 0:
             raise ConfigError(f"negative LoRA rank {min(self.rank, self.decoder_rank)}", "Use 0 for no LoRA.")
 

@@ -1,4 +1,4 @@
-"""Query, key and value projections with LoRA in one product: W + BA is merged in the forward, the backward stays low-rank.
+"""Query, key and value projections with LoRA in one product: W + BA merged forward, low-rank backward.
 
 peft's own forward makes three more passes over (N, O) and (N, I) matrices for each LoRA layer. Parameters, saving and
 merging remain peft's.
@@ -13,35 +13,46 @@ from typing import Any
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from geoexplora.models.linear import matmul
 
 Factors = tuple[Tensor, Tensor, float]
 
 
-def lora_factors(layer: nn.Module) -> Factors | None:
-    """The factors A (r, D), B (D, r) and the scale of a projection's LoRA.
+def is_fusible(layer: Any) -> bool:
+    """Whether ``lora_projections`` computes what the layer itself would.
 
-    Returns:
-        ``None`` if the layer carries no LoRA or its LoRA is merged or disabled.
-
-    Raises:
-        ValueError: if it carries LoRA of a kind that is more than s BA (several adapters, DoRA, dropout).
+    It does for a plain linear layer with frozen parameters, bare or with one LoRA adapter that is no more than s BA.
+    DoRA, dropout, several adapters, merged or disabled ones, and other methods such as AdaLoRA are peft's to compute.
     """
-    if not isinstance(layer, LoraLinear) or layer.merged or layer.disable_adapters:
-        return None
+    base = base_layer(layer)
+    if not isinstance(base, nn.Linear) or any(parameter.requires_grad for parameter in base.parameters()):
+        return False
+    if base is layer:
+        return True
     adapters = [name for name in layer.active_adapters if name in layer.lora_A]
-    if not adapters:
+    if layer.merged or layer.disable_adapters or layer.lora_variant or len(adapters) != 1:
+        return False
+    return isinstance(layer.lora_dropout[adapters[0]], nn.Identity) and layer.lora_B[adapters[0]].bias is None
+
+
+def lora_factors(layer: Any) -> Factors | None:
+    """The factors A (r, D), B (D, r) and the scale of a fusible layer's LoRA, or ``None`` if it carries none."""
+    if not _carries_lora(layer):
         return None
-    if len(adapters) > 1 or layer.lora_variant or not isinstance(layer.lora_dropout[adapters[0]], nn.Identity):
-        raise ValueError("only one plain LoRA adapter without dropout can be merged in the forward pass")
-    name = adapters[0]
-    return layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
+    name = next(name for name in layer.active_adapters if name in layer.lora_A)
+    down, up = (factors[name].weight for factors in (layer.lora_A, layer.lora_B))
+    return down, up, layer.scaling[name]
 
 
-def base_layer(layer: nn.Module) -> nn.Linear:
+def base_layer(layer: Any) -> Any:
     """The projection itself, without its LoRA."""
-    return layer.get_base_layer() if isinstance(layer, LoraLinear) else layer  # type: ignore[return-value]
+    return layer.get_base_layer() if _carries_lora(layer) else layer
+
+
+def _carries_lora(layer: Any) -> bool:
+    return isinstance(layer, LoraLinear)
 
 
 class _LoRAProjections(torch.autograd.Function):
@@ -58,6 +69,7 @@ class _LoRAProjections(torch.autograd.Function):
         return matmul(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         x, *tensors = ctx.saved_tensors
         grad = grads[0].contiguous()
@@ -84,7 +96,8 @@ def _merge(scales: tuple[float, ...], tensors: Any, dtype: torch.dtype) -> tuple
     for scale, weight, bias, down, up in zip(
         scales, tensors[0::4], tensors[1::4], tensors[2::4], tensors[3::4], strict=True
     ):
-        weights.append(weight if down is None else torch.addmm(weight, up, down, alpha=scale))
+        # peft may keep factors in fp32 beside weights in bf16.
+        weights.append(weight if down is None else torch.addmm(weight.to(up.dtype), up, down, alpha=scale))
         biases.append(bias)
     merged = torch.cat([weight.to(dtype) for weight in weights])
     return merged, None if biases[0] is None else torch.cat(biases).to(dtype)
@@ -95,7 +108,7 @@ def lora_projections(x: Tensor, layers: tuple[nn.Module, ...]) -> Tensor:
 
     Args:
         x: (B, N, D).
-        layers: linear layers, with or without peft's LoRA; all their own weights are frozen.
+        layers: linear layers, with or without peft's LoRA, for which ``is_fusible`` holds.
 
     Returns:
         (B, N, len(layers) * D), the outputs side by side.
@@ -106,7 +119,8 @@ def lora_projections(x: Tensor, layers: tuple[nn.Module, ...]) -> Tensor:
         base = base_layer(layer)
         scales.append(scale)
         tensors += [base.weight, base.bias, down, up]
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    with torch.autocast(x.device.type, enabled=False):
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return _LoRAProjections.apply(x, tuple(scales), *tensors)
+    with torch.autocast(device, enabled=False):
+        return _LoRAProjections.apply(x.to(torch.get_autocast_dtype(device)), tuple(scales), *tensors)

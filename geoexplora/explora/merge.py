@@ -27,7 +27,7 @@ def merge_lora(model: Any) -> Any:
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
             module.merge(safe_merge=False)
-            base = module.get_base_layer()
+            base: Any = module.get_base_layer()
             if not torch.isfinite(base.weight).all():
                 raise FloatingPointError(f"{name} is not finite after merging")
             parent, _, child = name.rpartition(".")

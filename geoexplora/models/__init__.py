@@ -2,6 +2,6 @@
 
 from geoexplora.models.decoder import MAEDecoder
 from geoexplora.models.group_channel_vit import GroupChannelVisionTransformer
-from geoexplora.models.masked_autoencoder import MaskedAutoencoder, MAEOutput
+from geoexplora.models.masked_autoencoder import MAEOutput, MaskedAutoencoder
 
 __all__ = ["GroupChannelVisionTransformer", "MAEDecoder", "MAEOutput", "MaskedAutoencoder"]

@@ -56,7 +56,9 @@ class MAEDecoder(nn.Module):
         pixels = patch_size**2
         self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
-        self.blocks = nn.Sequential(*(Block(width, heads, mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth)))
+        self.blocks = nn.Sequential(
+            *(Block(width, heads, mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth))
+        )
         self.norm = norm(width)
         if self.groups is None:
             self.pred: nn.Module = nn.Linear(width, pixels * in_chans)

@@ -123,4 +123,5 @@ class GroupPatchEmbed(nn.ModuleList):
         Returns:
             (B, G * L, D): group by group, positions row by row within a group.
         """
-        return torch.cat([embed(x[:, list(group)]) for embed, group in zip(self, self.groups, strict=True)], dim=1)
+        embeds: Any = list(self)
+        return torch.cat([embed(x[:, list(group)]) for embed, group in zip(embeds, self.groups, strict=True)], dim=1)

@@ -75,7 +75,8 @@ class GroupChannelVisionTransformer(VisionTransformer):
         self.channel_embed = nn.Parameter(torch.empty(1, self.num_groups, channel_width))
         self.channel_cls_embed = nn.Parameter(torch.empty(1, 1, channel_width)) if class_token_encoding else None
         if grid_features == "concat":
-            self.feature_info = [dict(info, num_chs=self.num_groups * embed_dim) for info in self.feature_info]
+            for info in self.feature_info:
+                info["num_chs"] = self.num_groups * embed_dim
         self.init_weights()
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:

@@ -12,22 +12,21 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+_HAS_ONEDNN = torch.backends.mkldnn.is_available()
 
 
 def takes_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether a product of these fp32 matrices goes through oneDNN."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
-        and torch.backends.mkldnn.enabled
-        and not torch.compiler.is_compiling()
-    )
+    # oneDNN refuses empty products.
+    plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() > 0
+    return plain and torch._C._get_mkldnn_enabled() and _HAS_ONEDNN and not torch.compiler.is_compiling()
 
 
 def matmul(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W' + b without a graph, by the fastest library at hand.
+    """Compute x W' + b without a graph, by the fastest library at hand.
 
     Args:
         x: (..., I).
@@ -50,20 +49,21 @@ class _OneDNNLinear(torch.autograd.Function):
         return matmul(x, weight, bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         (grad,) = grads
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         grad = grad.contiguous()
-        rows = grad.flatten(0, -2)
+        rows = grad.reshape(-1, grad.shape[-1])
         grad_x = matmul(grad, weight.T) if needs_x else None
-        grad_weight = matmul(rows.T.contiguous(), x.flatten(0, -2).T) if needs_weight else None
+        grad_weight = matmul(rows.T.contiguous(), x.reshape(-1, x.shape[-1]).T) if needs_weight else None
         return grad_x, grad_weight, rows.sum(0) if needs_bias else None
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``torch.nn.functional.linear``, through oneDNN for fp32 on a CPU."""
-    if torch.is_autocast_enabled(x.device.type) or not takes_onednn(x, weight):
+    if not takes_onednn(x, weight) or torch.is_autocast_enabled("cpu"):
         return F.linear(x, weight, bias)
     return _OneDNNLinear.apply(x, weight, bias)
 

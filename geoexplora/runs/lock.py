@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import sys
+import time
 import weakref
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ if sys.platform != "win32":
 log = logging.getLogger(__name__)
 
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+_PATIENCE = 5.0  # seconds for a child that was just forked to drop the lock of its killed parent
 
 
 class FolderLock:
@@ -91,15 +93,21 @@ class FolderLock:
             return False
 
     def _lock(self, descriptor: int) -> None:
+        deadline = time.monotonic() + _PATIENCE
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as problem:
-            raise self._in_use(*self._holder(descriptor)) from problem
+            while True:
+                try:
+                    return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as problem:
+                    pid, host = self._holder(descriptor)
+                    if not _ended(pid, host) or time.monotonic() > deadline:
+                        raise self._in_use(pid, host) from problem
+                    time.sleep(0.05)
         except OSError as problem:
             if problem.errno not in _UNSUPPORTED:
                 raise
             pid, host = self._holder(descriptor)
-            if host == socket.gethostname() and pid is not None and _alive(pid):
+            if pid is not None and host == socket.gethostname() and not _ended(pid, host):
                 raise self._in_use(pid, host) from problem
             log.warning("%s cannot be locked on this file system; make sure that one process uses it", self.path.parent)
 
@@ -130,11 +138,14 @@ if sys.platform != "win32":
     os.register_at_fork(after_in_child=_forget_inherited)
 
 
-def _alive(pid: int) -> bool:
+def _ended(pid: int | None, host: str) -> bool:
+    """Whether the process is known to have ended."""
+    if pid is None or host != socket.gethostname():
+        return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
-        return False
-    except PermissionError:
         return True
-    return True
+    except PermissionError:
+        return False
+    return False

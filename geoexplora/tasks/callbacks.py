@@ -158,5 +158,5 @@ class KNNProbe(Callback):
         dataset = self.datamodule.eval_dataset(split)
         kept = torch.randperm(len(dataset), generator=generator(self.datamodule.seed))[:most].tolist()
         loader = DataLoader(Subset(dataset, kept), self.datamodule.batch_size, num_workers=self.datamodule.num_workers)
-        features, labels = extract_features(task.model.encoder, loader, "mean", task.device)
-        return torch.from_numpy(features), torch.from_numpy(labels)
+        found = extract_features(task.model.encoder, loader, "mean", task.device)
+        return torch.from_numpy(found.features), torch.from_numpy(found.labels)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, balanced_accuracy_score
-from sklearn.model_selection import LeaveOneGroupOut
+from sklearn.model_selection import GroupKFold
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import Normalizer, StandardScaler
@@ -21,6 +21,7 @@ from geoexplora.errors import DataError
 
 Floats = NDArray[np.float32]
 Labels = NDArray[np.int64]
+Folds = list[tuple[Labels, Labels]]
 
 
 @dataclass(frozen=True)
@@ -60,20 +61,20 @@ def linear_classifier(seed: int) -> Pipeline:
     return make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=2000, random_state=seed))
 
 
-def score(classifier: Pipeline, features: Floats, labels: Labels, splits: list[tuple[Labels, Labels]]) -> Scores:
-    """Train and test a classifier on each split, and score all test samples together.
+def score(classifier: Pipeline, features: Floats, labels: Labels, folds: Folds) -> Scores:
+    """Train and test a classifier on each fold, and score all test samples together.
 
     Args:
-        classifier: fitted anew for each split.
+        classifier: fitted anew for each fold.
         features: (N, F).
         labels: (N,).
-        splits: pairs of indices of training and of test samples.
+        folds: pairs of indices of training and of test samples.
 
     Raises:
         DataError: if training samples are of one class only.
     """
     truth, predicted, classes = [], [], 0
-    for train, test in splits:
+    for train, test in folds:
         found = np.unique(labels[train])
         if len(found) < 2:
             raise DataError("the training samples are all of one class", "A probe needs labels of two classes or more.")
@@ -85,22 +86,25 @@ def score(classifier: Pipeline, features: Floats, labels: Labels, splits: list[t
     return Scores(float(accuracy_score(y, z)), float(balanced_accuracy_score(y, z)), len(y), classes)
 
 
-def leave_one_out(groups: Labels) -> list[tuple[Labels, Labels]]:
-    """Splits that leave each group out in turn.
+def leave_locations_out(locations: Labels, most: int = 10) -> Folds:
+    """Folds that never have one location on both sides: each location alone, or at most ``most`` sets of them.
+
+    Args:
+        locations: (N,).
+        most: number of folds at most.
 
     Raises:
-        DataError: if there is only one group.
+        DataError: if there is only one location.
     """
-    if len(np.unique(groups)) < 2:
+    count = len(np.unique(locations))
+    if count < 2:
         raise DataError("all samples lie at one location", "Use --holdout split, or data from several locations.")
-    return list(LeaveOneGroupOut().split(groups, groups=groups))
+    return list(GroupKFold(min(count, most)).split(locations, groups=locations))
 
 
-def few_shot(
-    splits: list[tuple[Labels, Labels]], labels: Labels, count: int, seed: int
-) -> Iterator[tuple[Labels, Labels]]:
-    """The same splits with at most ``count`` training samples of each class, drawn at random."""
+def few_shot(folds: Folds, labels: Labels, count: int, seed: int) -> Iterator[tuple[Labels, Labels]]:
+    """The same folds with at most ``count`` training samples of each class, drawn at random."""
     rng = np.random.default_rng(seed)
-    for train, test in splits:
+    for train, test in folds:
         kept = [rng.permutation(train[labels[train] == label])[:count] for label in np.unique(labels[train])]
         yield np.concatenate(kept), test

@@ -51,8 +51,8 @@ class RunExport:
         save_decoder(self.folder.decoder_file, merged_state_dict(decoder), task.spec, settings, step=step)
         if task.is_explora:
             save_adapter(self.folder.adapter, task.model.encoder, task.config, task.spec.source)
-        last = read_metrics(self.folder.metrics_file)[-1]
-        self.folder.update_run_json(step=step, metrics=last)
+        rows = read_metrics(self.folder.metrics_file)
+        self.folder.update_run_json(step=step, metrics=rows[-1] if rows else {})
         plot_loss(self.folder.metrics_file, self.folder.loss_plot)
         self._plot_reconstruction(task)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -35,6 +35,20 @@ def pool_tokens(tokens: Tensor, groups: int, pool: Pool, prefix_tokens: int = 1)
     return tokens[:, prefix_tokens:].unflatten(1, (groups, -1)).mean(2).flatten(1)
 
 
+class LabelledFeatures(NamedTuple):
+    """Features of a dataset's readable images.
+
+    Attributes:
+        features: (N, F).
+        labels: (N,).
+        kept: (all images,), which of them were readable.
+    """
+
+    features: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    kept: NDArray[np.bool_]
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Any:
     """Evaluation mode without gradients; the mode is put back afterwards."""
@@ -54,7 +68,7 @@ def extract_features(
     device: torch.device | str = "cpu",
     autocast: torch.dtype | None = None,
     check: Callable[[dict[str, Tensor]], None] | None = None,
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+) -> LabelledFeatures:
     """Run an encoder over batches.
 
     Args:
@@ -66,19 +80,22 @@ def extract_features(
         check: called with every batch first, such as the datamodule's ``check_unreadable``.
 
     Returns:
-        Features (N, F) and labels (N,); labels are -1 where there are none.
+        Features and labels of the readable images; labels are -1 where there are none.
     """
     groups = getattr(encoder, "num_groups", 1)
     device = torch.device(device)
-    features, labels = [], []
+    features, labels, kept = [], [], []
     with evaluating(encoder), torch.autocast(device.type, autocast, enabled=autocast is not None):
         for batch in batches:
             if check is not None:
                 check(batch)
-            tokens = encoder.forward_features(batch["image"].to(device, non_blocking=True))
+            images = batch["image"]
+            real = batch.get("unreadable", torch.full((len(images),), -1)) < 0
+            tokens = encoder.forward_features(images[real].to(device, non_blocking=True))
             features.append(pool_tokens(tokens, groups, pool, encoder.num_prefix_tokens).float().cpu())
-            labels.append(batch.get("label", torch.full((len(batch["image"]),), -1)))
-    return torch.cat(features).numpy(), torch.cat(labels).numpy()
+            labels.append(batch.get("label", torch.full((len(images),), -1))[real])
+            kept.append(real)
+    return LabelledFeatures(torch.cat(features).numpy(), torch.cat(labels).numpy(), torch.cat(kept).numpy())
 
 
 def feature_health(features: Tensor) -> dict[str, float]:

@@ -6,11 +6,12 @@ import logging
 import math
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities import rank_zero_only
 
 from geoexplora.datamodules.tiles import TilesDataModule
 from geoexplora.errors import ConfigError
@@ -85,34 +86,33 @@ def pretrain(options: Any) -> dict[str, Any]:
     """
     _quiet()
     folder = RunFolder(options.output)
-    leads = rank_zero_only.rank == 0
+    if _rank() > 0:
+        return _train(options, folder, find_checkpoint(folder) if options.resume else None)
     resumes = options.resume and folder.holds_run
+    with folder.open() if resumes else folder.create():
+        return _train(options, folder, find_checkpoint(folder) if resumes else None)
+
+
+def _train(options: Any, folder: RunFolder, checkpoint: Path | None) -> dict[str, Any]:
     datamodule = open_data(options)
     datamodule.setup("fit")
-    schedule = Schedule.of(options, len(datamodule.train_dataset))
-    checkpoint = find_checkpoint(folder) if resumes else None
+    images = len(datamodule.source("train"))
+    schedule = Schedule.of(options, images)
     state = folder.read_run_json()["source"] if checkpoint else None
     task = build_task(options, datamodule, schedule, state)
-    if leads:
-        folder.open() if resumes else folder.create()
-    try:
+    step = 0 if checkpoint is None else torch.load(checkpoint, mmap=True, weights_only=True)["global_step"]
+    metrics = None
+    if _rank() == 0:
         metrics = Metrics(folder.metrics_file)
-        step = 0
-        if checkpoint is not None:
-            step = torch.load(checkpoint, mmap=True, weights_only=True)["global_step"]
-        if leads:
-            metrics.truncate_after(step if checkpoint else -1)
-            _record(folder, options, task, datamodule, schedule)
+        metrics.truncate_after(step if checkpoint else -1)
+        _record(folder, options, task, images, schedule)
         if step >= schedule.steps:
             log.info("%s is complete: %d steps", folder.path, step)
-        datamodule.num_batches = schedule.steps * schedule.accumulate
-        datamodule.first_batch = step * schedule.accumulate
-        trainer = _trainer(options, schedule, folder, metrics, datamodule)
-        trainer.fit(task, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
-    finally:
-        if leads:
-            folder.close()
-    log.info("run folder: %s (encoder.safetensors, adapter/, metrics.csv, plots/)", folder.path)
+    datamodule.num_batches = schedule.steps * schedule.accumulate
+    datamodule.first_batch = step * schedule.accumulate
+    trainer = _trainer(options, schedule, folder, metrics, datamodule)
+    trainer.fit(task, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+    log.info("run folder: %s", folder.path)
     return dict(folder.read_run_json().get("metrics", {}))
 
 
@@ -190,13 +190,13 @@ def build_task(
 
 
 def _record(
-    folder: RunFolder, options: Any, task: ExPLoRAPretrain, datamodule: TilesDataModule, schedule: Schedule
+    folder: RunFolder, options: Any, task: ExPLoRAPretrain, images: int, schedule: Schedule
 ) -> None:
     table = task.parameter_table()
     log.info("what is trained:\n%s", format_table(table))
     log.info(
         "%d images, %d steps of %d images, learning rate %.3g",
-        len(datamodule.train_dataset),
+        images,
         schedule.steps,
         schedule.images_per_step,
         task.hparams["lr"],
@@ -214,15 +214,13 @@ def _record(
 
 
 def _trainer(
-    options: Any, schedule: Schedule, folder: RunFolder, metrics: Metrics, datamodule: TilesDataModule
+    options: Any, schedule: Schedule, folder: RunFolder, metrics: Metrics | None, datamodule: TilesDataModule
 ) -> Trainer:
     callbacks = [MetricsWriter(metrics, options.log_every, schedule.images_per_step), progress_callback("pre-training")]
     if options.probe_every and _has_labels(datamodule):
         callbacks.append(KNNProbe(metrics, datamodule, options.probe_every))
     export = RunExport(folder, datamodule)
-    callbacks.append(
-        RunCheckpoint(folder, options.checkpoint_every, before_save=metrics.sync, on_saved=export)
-    )
+    callbacks.append(RunCheckpoint(folder, options.checkpoint_every, before_save=metrics.sync, on_saved=export))
     try:
         return Trainer(
             accelerator=options.accelerator,
@@ -254,8 +252,18 @@ def _has_labels(datamodule: TilesDataModule) -> bool:
     return len(set(datamodule.eval_dataset("train").labels.tolist())) > 1
 
 
+def _rank() -> int:
+    """Number of this process among those that Lightning started."""
+    return int(getattr(rank_zero_only, "rank", 0))
+
+
 def _quiet() -> None:
     """Hide Lightning's advice that does not apply: data order, logging and checkpoints are this package's."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for text in (".*does not have many workers.*", ".*The number of training batches.*", ".*mid-epoch.*"):
+    for text in (
+        ".*does not have many workers.*",
+        ".*You passed in a `val_dataloader`.*",
+        ".*resuming from a checkpoint that ended before.*",
+        ".*treespec, LeafSpec.*",
+    ):
         warnings.filterwarnings("ignore", text)

@@ -39,7 +39,7 @@ def resize(image: Tensor, size: tuple[int, int], antialias: bool, flip: bool = F
     """Bicubic resize, equal to torchvision's up to rounding.
 
     Bicubic interpolation is linear and separable: two products with small, cached matrices. At the size of satellite
-    tiles this takes a third of the time of the general kernel (benchmarks/data_loading.py).
+    tiles this takes a third to a half of the general kernel's time (benchmarks/data_loading.py).
 
     Args:
         image: (C, h, w), float32.

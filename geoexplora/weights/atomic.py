@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 
 from geoexplora.errors import RunError
 
-TEMPORARY_SUFFIX = ".tmp"
-"""Ending of unfinished files; their names also start with a dot."""
+_UNFINISHED = re.compile(r"\..*\.tmp|\.tmp[A-Za-z0-9]{6}")
+"""Names of unfinished files: our own, and those of safetensors, which writes to one more beside ours."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
@@ -74,10 +74,13 @@ def atomic_path(target: Path, *, before_replace: Callable[[], None] | None = Non
     Raises:
         RunError: if the disk is full, the folder unwritable, or writing failed otherwise.
     """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors makes files that nobody else may read
         _sync(temporary)
         if before_replace is not None:
             before_replace()
@@ -109,7 +112,7 @@ def remove_leftovers(folder: Path) -> list[Path]:
 
     Only for a folder that no other process is writing to.
     """
-    left = [path for path in folder.glob(f".*{TEMPORARY_SUFFIX}") if path.is_file()]
+    left = [path for path in folder.glob(".*") if _UNFINISHED.fullmatch(path.name) and path.is_file()]
     for path in left:
         with suppress(OSError):
             path.unlink()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -57,11 +56,6 @@ def describe(path: str | Path, *, tensors: bool = False) -> dict[str, Any]:
     }
 
 
-def render(description: Mapping[str, Any]) -> str:
-    """What :func:`describe` says, as indented text; lists of plain values on one line."""
-    return "\n".join(_lines(description))
-
-
 def _weights(source: SourceWeights, listed: bool) -> dict[str, Any]:
     values: dict[str, int] = {}
     dtypes: dict[str, int] = {}
@@ -97,37 +91,3 @@ def _record(path: Path) -> dict[str, Any] | None:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as problem:
         raise WeightsError(f"cannot read {path}: {problem}", "Remove it to see the weights alone.") from problem
-
-
-def _lines(node: Mapping[str, Any], indent: str = "") -> Iterator[str]:
-    for name, value in node.items():
-        if name == "tensors":
-            yield f"{indent}tensors:"
-            for tensor, entry in value.items():
-                yield f"{indent}  {tensor:<44} {'x'.join(map(str, entry['shape'])) or 'scalar':<20} {entry['dtype']}"
-        elif isinstance(value, Mapping) and value:
-            yield f"{indent}{name}:"
-            yield from _lines(value, indent + "  ")
-        elif isinstance(value, list) and any(isinstance(entry, Mapping) for entry in value):
-            yield f"{indent}{name}:"
-            for entry in value:
-                yield f"{indent}  - {_short(entry)}"
-        else:
-            yield f"{indent}{name}: {_short(value)}"
-
-
-def _short(value: Any) -> str:
-    if value is None or value == {}:
-        return "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}" if value >= 10_000 else str(value)
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_short(entry)}" for name, entry in value.items())
-    if isinstance(value, list | tuple):
-        nested = any(isinstance(entry, list | tuple) for entry in value)
-        return ("; " if nested else ", ").join(_short(entry) for entry in value)
-    return str(value)

@@ -85,6 +85,13 @@ def test_malformed_values(own_tree: Path, column: str, value: str, message: str)
         FMoWSentinel(own_tree)
 
 
+def test_a_line_cut_short(own_tree: Path) -> None:
+    path = own_tree / "train.csv"
+    path.write_text(path.read_text() + "999,forest\n")
+    with pytest.raises(DataError, match="1 malformed location_id value: ''"):
+        FMoWSentinel(own_tree)
+
+
 def test_missing_files(own_tree: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = FMoWSentinel(own_tree)
     gone = [whole.path(index) for index in range(0, 14, 2)]

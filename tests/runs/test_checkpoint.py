@@ -21,12 +21,13 @@ from geoexplora.runs.metrics import Metrics
 
 
 class Task(pl.LightningModule):
-    """Data, dropout and loss depend on the batch's number only, as in a resumable training."""
+    """Data and loss depend on the batch's number only, as in a resumable training."""
 
     def __init__(self) -> None:
         super().__init__()
         self.layer = torch.nn.Linear(4, 1)
         torch.nn.init.ones_(self.layer.weight)
+        torch.nn.init.zeros_(self.layer.bias)
 
     def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
         x = torch.randn(8, 4, generator=torch.Generator().manual_seed(batch_idx))
@@ -103,7 +104,7 @@ def test_only_at_the_end(folder: RunFolder) -> None:
 @pytest.mark.parametrize("stop", [3, 13, 14, 23, 24])
 def test_resumed_equals_uninterrupted(tmp_path: Path, stop: int, options: dict[str, int]) -> None:
     whole, cut = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "cut")
-    steps = 8 if options else 25
+    steps = 9 if options else 25
     one = train(whole, steps=steps, **options)
     with pytest.raises(ZeroDivisionError):
         train(cut, StopAt(stop), steps=steps, **options)
@@ -212,44 +213,45 @@ from geoexplora.weights.files import read_weights
 from geoexplora.weights.spec import EncoderSpec
 from geoexplora.weights.write import save_encoder
 
+torch.set_num_threads(1)  # a pool of threads does not survive a fork
 random.seed(0)
+os.fsync = lambda descriptor: None  # of use in a power cut only, and slow
 spec = EncoderSpec.of("vit_pico", image_size=64, patch_size=16, sensor="rgb", bands="RGB", normalization={})
 folder = RunFolder(sys.argv[1])
 folder.create().write_config({})
+plugin = AtomicCheckpointIO(folder)
+plugin.save_checkpoint({"step": 0, "state": {"a": torch.zeros(1)}}, folder.last_checkpoint)  # imports what it needs
+save_encoder(folder.encoder_file, {"a": torch.zeros(1)}, spec, step=0)
 folder.close()
-step, moments = 0, set()
-for trial in range(25):
+step, moments = 0, 0
+for trial in range(20):
     child = os.fork()
     if child == 0:
         folder.open()
-        plugin = AtomicCheckpointIO(folder)
         while True:
             step += 1
             tensors = {"a": torch.full((400_000,), float(step))}
             plugin.save_checkpoint({"step": step, "state": tensors}, folder.last_checkpoint)
             assert plugin.failure is None
             save_encoder(folder.encoder_file, tensors, spec, step=step)
-    time.sleep(random.uniform(0.01, 0.15))
+    time.sleep(random.uniform(0.02, 0.15))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    moments.add(tuple(sorted(p.name.split(".")[1] for p in folder.path.rglob(".*.tmp"))))
+    moments += any(folder.path.rglob(".*.tmp"))
     found = find_checkpoint(folder)
-    if found is None:
-        continue
     assert found == folder.last_checkpoint, "last.ckpt must exist and be whole at every moment"
     content = torch.load(found)
     assert content["step"] >= step and content["state"]["a"].eq(content["step"]).all()
     if folder.previous_checkpoint.exists():
         previous = torch.load(folder.previous_checkpoint)
         assert previous["step"] in {content["step"], content["step"] - 1}, (previous["step"], content["step"])
-    if folder.encoder_file.exists():
-        encoder = read_weights(folder.path)
-        assert content["step"] - 1 <= encoder.step <= content["step"]
-        assert encoder.tensors["a"].eq(encoder.step).all()
+    encoder = read_weights(folder.path)
+    assert encoder.step <= content["step"]
+    assert encoder.tensors["a"].eq(encoder.step).all()
     step = content["step"]
 folder.open().close()
 assert not list(folder.path.rglob(".*"))
-print("steps", step, "kills in the middle of writing", len(moments - {()}))
+print("steps", step, "kills in the middle of writing", moments)
 """
 
 
@@ -265,12 +267,11 @@ def test_kill_at_any_moment(tmp_path: Path) -> None:
 
 def test_damaged_checkpoint(folder: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
     assert find_checkpoint(folder) is None
-    train(folder)
+    weight = train(folder).layer.weight
     last = folder.last_checkpoint
     whole = last.read_bytes()
     flipped = bytearray(whole)
-    at = whole.index(b"FB") if b"FB" in whole else len(whole) // 2
-    flipped[at] ^= 0xFF
+    flipped[whole.index(weight.detach().numpy().tobytes())] ^= 0xFF
     for broken in (whole[: len(whole) // 2], b"", b"x" * 1000, bytes(flipped)):
         last.write_bytes(broken)
         caplog.clear()

@@ -80,9 +80,7 @@ def test_nothing_is_written_before_the_first_row(path: Path) -> None:
     ),
     st.data(),
 )
-def test_interrupted_equals_uninterrupted(
-    tmp_path: Path, rows: list[dict[str, float]], data: st.DataObject
-) -> None:
+def test_interrupted_equals_uninterrupted(tmp_path: Path, rows: list[dict[str, float]], data: st.DataObject) -> None:
     whole, cut = tmp_path / "whole.csv", tmp_path / "cut.csv"
     for path in (whole, cut):
         path.unlink(missing_ok=True)

@@ -104,7 +104,9 @@ def test_truncated(tmp_path: Path, rgb_spec: EncoderSpec, share: float) -> None:
             read_weights(tmp_path / f"cut-{name}")
 
 
-@pytest.mark.parametrize("content", [b"", b"not weights at all", b"\x80\x02garbage", b"\xff" * 8 + b"{", b"PK\x03\x04junk"])
+@pytest.mark.parametrize(
+    "content", [b"", b"not weights at all", b"\x80\x02garbage", b"\xff" * 8 + b"{", b"PK\x03\x04junk"]
+)
 def test_not_weights(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "file.pth").write_bytes(content)
     with pytest.raises(WeightsError, match=r"file\.pth"):

@@ -161,9 +161,7 @@ def test_same_number_of_other_bands_is_converted_by_name(source: SourceWeights) 
     )
     model = build_encoder(wanted)
     load_into(model, source, spec=wanted)
-    torch.testing.assert_close(
-        model.patch_embed.proj.weight.data, source.tensors["patch_embed.proj.weight"].flip(1)
-    )
+    torch.testing.assert_close(model.patch_embed.proj.weight.data, source.tensors["patch_embed.proj.weight"].flip(1))
 
 
 def damaged(source: SourceWeights, **changes: torch.Tensor | None) -> SourceWeights:
@@ -220,16 +218,16 @@ def test_another_architecture(source: SourceWeights, rgb_spec: EncoderSpec) -> N
     tiny = EncoderSpec.of(
         "vit_tiny", image_size=64, patch_size=16, sensor="rgb", bands=("R", "G", "B"), normalization={}
     )
-    with pytest.raises(WeightsError, match=r"is a vit_pico, the model a vit_tiny: width 128 instead of 192(.|\n)*--model vit_pico"):
+    with pytest.raises(
+        WeightsError, match=r"is a vit_pico, the model a vit_tiny: width 128 instead of 192(.|\n)*--model vit_pico"
+    ):
         load_into(build_encoder(tiny), source, spec=tiny)
     heads = replace(rgb_spec, heads=8, timm_args={**rgb_spec.timm_args, "num_heads": 8})
     with pytest.raises(WeightsError, match="heads 4 instead of 8"):
         load_into(build_encoder(heads), source, spec=heads)
 
 
-def test_other_normalization_is_told(
-    tmp_path: Path, group_spec: EncoderSpec, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_other_normalization_is_told(tmp_path: Path, group_spec: EncoderSpec, caplog: pytest.LogCaptureFixture) -> None:
     model = build_encoder(group_spec)
     save_encoder(tmp_path / "encoder.safetensors", model.state_dict(), group_spec)
     with caplog.at_level(logging.WARNING):
@@ -285,7 +283,8 @@ def test_no_decoder(tmp_path: Path) -> None:
     torch.save(meta_mae(decoder=False), tmp_path / "mae_pretrain.pth")
     with pytest.raises(WeightsError, match="has no decoder"):
         load_decoder_into(
-            MAEDecoder(128, (4, 4), 16, None, 3, width=64, depth=2, heads=4), read_weights(tmp_path / "mae_pretrain.pth")
+            MAEDecoder(128, (4, 4), 16, None, 3, width=64, depth=2, heads=4),
+            read_weights(tmp_path / "mae_pretrain.pth"),
         )
 
 

@@ -16,7 +16,9 @@ from geoexplora.weights.spec import EncoderSpec
 
 
 def test_round_trip(rgb_spec: EncoderSpec, group_spec: EncoderSpec) -> None:
-    full = replace(group_spec, source={"name": "a.pth", "sha256": "0" * 64}, band_init="mean", antialias=True, pool="cls")
+    full = replace(
+        group_spec, source={"name": "a.pth", "sha256": "0" * 64}, band_init="mean", antialias=True, pool="cls"
+    )
     for spec in (rgb_spec, group_spec, full):
         metadata = spec.to_metadata()
         assert all(isinstance(value, str) for value in metadata.values())

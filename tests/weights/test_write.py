@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import stat
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -43,6 +45,16 @@ def test_views_transposed_and_16_bit_tensors(tmp_path: Path, rgb_spec: EncoderSp
     stored = read_weights(tmp_path / "h.safetensors").tensors
     assert stored["q"].dtype == torch.float16
     assert stored["count"].dtype == torch.int64
+
+
+def test_others_may_read_it(tmp_path: Path, rgb_spec: EncoderSpec) -> None:
+    """safetensors makes private files, which the colleagues of a shared cluster could not open."""
+    old = os.umask(0o022)
+    try:
+        write.save_encoder(tmp_path / "e.safetensors", {"a": torch.ones(1)}, rgb_spec)
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE((tmp_path / "e.safetensors").stat().st_mode) == 0o644
 
 
 def test_nan_is_not_written(tmp_path: Path, rgb_spec: EncoderSpec) -> None:

@@ -1,0 +1,141 @@
+"""What ``geoexplora demo`` measures: features before and after, beside the floor of plain band statistics.
+
+Shapes: N tiles, F features.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from geoexplora.bands import FMOW_SENTINEL_BANDS
+from geoexplora.datamodules.fmow_sentinel import FMoWSentinelDataModule
+from geoexplora.datasets.sample_tree import write_fmow_tree
+from geoexplora.tasks.classifiers import (
+    Floats,
+    Folds,
+    Labels,
+    few_shot,
+    knn_classifier,
+    leave_locations_out,
+    linear_classifier,
+    score,
+)
+from geoexplora.tasks.features import extract_features
+from geoexplora.transforms.normalization import Normalization
+from geoexplora.weights.load import load_encoder
+from geoexplora.weights.spec import EncoderSpec
+
+log = logging.getLogger(__name__)
+
+SPLITS = ("train", "val", "test_gt")
+NEIGHBOURS, SHOTS, DRAWS = 15, 10, 10
+TILE = 16
+
+
+@dataclass(frozen=True)
+class Row:
+    """Balanced accuracies of one set of features.
+
+    Attributes:
+        name: what the features are.
+        knn: of 15 nearest neighbours.
+        few: of logistic regression on 10 labels of each class, the mean over 10 draws.
+        linear: of logistic regression on all labels.
+    """
+
+    name: str
+    knn: float
+    few: float
+    linear: float
+
+
+def write_trees(folder: Path) -> tuple[Path, Path]:
+    """Write the sample as two fMoW-Sentinel trees: every tile of the scene unlabelled, and the labelled tiles.
+
+    Args:
+        folder: receives ``unlabelled`` and ``labelled``; trees that are there already are kept.
+
+    Returns:
+        The two roots.
+    """
+    roots = folder / "unlabelled", folder / "labelled"
+    for root, labelled in zip(roots, (False, True), strict=True):
+        if not (root / "train.csv").exists():
+            write_fmow_tree(root, TILE, labelled)
+    return roots
+
+
+class Comparison:
+    """Probes features of the labelled tiles, leaving one area block out in turn.
+
+    Args:
+        root: the labelled tree; its ``location_id`` is the area block.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.rows: list[Row] = []
+
+    def data(self, normalization: Normalization | str, **settings: Any) -> FMoWSentinelDataModule:
+        """The labelled tiles."""
+        return FMoWSentinelDataModule(self.root, batch_size=128, normalization=normalization, **settings)
+
+    def add_statistics(self) -> Row:
+        """Probe the mean and standard deviation of each band: the floor that learned features must beat."""
+        data = self.data("clip-float", image_size=TILE)
+        features, labels, blocks = [], [], []
+        for split in SPLITS:
+            view = data.eval_dataset(split)
+            images = torch.stack([view[index]["image"] for index in range(len(view))])
+            features.append(torch.cat([images.mean((2, 3)), images.std((2, 3))], dim=1).numpy())
+            labels.append(view.labels)
+            blocks.append(view.location_ids)
+        return self._add("band statistics", *map(np.concatenate, (features, labels, blocks)))
+
+    def add_encoder(self, name: str, encoder: Any, spec: EncoderSpec) -> Row:
+        """Probe an encoder: per-group means of its tokens."""
+        data = self.data(
+            Normalization.from_dict(spec.normalization),
+            image_size=spec.image_size,
+            antialias=spec.antialias,
+            bands=spec.bands,
+        )
+        features, labels, blocks = [], [], []
+        for split in SPLITS:
+            found = extract_features(encoder, data.eval_dataloader(split))
+            features.append(found.features)
+            labels.append(found.labels)
+            blocks.append(data.eval_dataset(split).location_ids[found.kept])
+        return self._add(name, *map(np.concatenate, (features, labels, blocks)))
+
+    def add_run(self, name: str, run: Path) -> Row:
+        """Probe the encoder of a run folder."""
+        return self.add_encoder(name, *load_encoder(run))
+
+    def _add(self, name: str, features: Floats, labels: Labels, blocks: Labels) -> Row:
+        folds: Folds = leave_locations_out(blocks)
+        few = [
+            score(linear_classifier(seed), features, labels, list(few_shot(folds, labels, SHOTS, seed)))
+            for seed in range(DRAWS)
+        ]
+        row = Row(
+            name,
+            score(knn_classifier(NEIGHBOURS, len(labels)), features, labels, folds).balanced_accuracy,
+            float(np.mean([scores.balanced_accuracy for scores in few])),
+            score(linear_classifier(0), features, labels, folds).balanced_accuracy,
+        )
+        self.rows.append(row)
+        return row
+
+    def table(self) -> str:
+        """The rows as aligned text."""
+        width = max(len(row.name) for row in self.rows)
+        lines = [f"{'':<{width}}  kNN ({NEIGHBOURS})  {SHOTS} labels a class  all labels"]
+        lines += [f"{r.name:<{width}}  {r.knn:8.3f}  {r.few:17.3f}  {r.linear:10.3f}" for r in self.rows]
+        return "\n".join(lines)
