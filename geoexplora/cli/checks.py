@@ -227,17 +227,9 @@ def effective_batch(options: Any) -> Iterator[Finding]:
 
 
 def length(options: Any) -> Iterator[Finding]:
-    """Training has an end, and warm-up ends before it."""
+    """Training has an end."""
     if options.epochs is None and options.max_steps is None:
         yield Finding(("epochs", "max_steps"), "neither --epochs nor --max-steps is set. Give one, or both.")
-    pairs = (("steps", options.warmup_steps, options.max_steps), ("epochs", options.warmup_epochs, options.epochs))
-    for unit, warm, total in pairs:
-        if unit == "epochs" and (options.warmup_steps is not None or options.max_steps is not None):
-            continue  # steps decide; how many an epoch has is known once the data is read
-        if warm is not None and total is not None and 0 < total <= warm:
-            name, limit = f"--warmup-{unit}", "--max-steps" if unit == "steps" else "--epochs"
-            text = f"{name} {warm:g} leaves nothing after the warm-up: {limit} is {total:g}. Lower {name}."
-            yield Finding((f"warmup_{unit}",), text)
 
 
 def output(options: Any) -> Iterator[Finding]:
@@ -275,7 +267,7 @@ PRETRAIN_CHECKS: dict[Check, tuple[str, ...]] = SOURCE_CHECKS | {
     mask: ("mask_ratio",),
     numbers: (),
     effective_batch: ("batch_size", "devices", "num_nodes", "effective_batch_size"),
-    length: ("epochs", "max_steps", "warmup_epochs", "warmup_steps"),
+    length: ("epochs", "max_steps"),
     output: ("output", "resume"),
 }
 """Checks of pretrain."""

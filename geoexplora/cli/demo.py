@@ -1,14 +1,19 @@
-"""``geoexplora demo``."""
+"""``geoexplora demo``: the commands that a user would type, one after the other, on the bundled sample."""
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from geoexplora.cli.command import Command, Finding
 from geoexplora.cli.options import Options
+from geoexplora.cli.pretrain import COMMAND as PRETRAIN
+from geoexplora.cli.resolve import resolve
 from geoexplora.cli.values import path, setting
+from geoexplora.errors import RunError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +27,7 @@ class DemoOptions(Options):
     """
 
     output: str = setting("runs/demo", "DIR", path)
-    steps: int = setting(400, "N")
+    steps: int = setting(300, "N")
     seed: int = setting(0, "N")
 
 
@@ -37,16 +42,70 @@ def _counts(options: DemoOptions) -> Iterator[Finding]:
 
 def run(options: DemoOptions) -> int:
     """Run the demo."""
-    from geoexplora.tasks.demo import demo
+    from geoexplora.datasets.sample import source_weights
+    from geoexplora.tasks.demo import Comparison, write_trees
 
-    demo(options)
+    output, begin = Path(options.output), time.monotonic()
+    explora, scratch = output / "explora", output / "scratch"
+    for folder in (explora, scratch):
+        if folder.exists():
+            raise RunError(f"{output} holds a demo already", "Name another folder with --output, or remove it.")
+    _say("1. Writing the bundled Sentinel-2 scene (west of Berlin, 13 bands) as fMoW-Sentinel trees.")
+    unlabelled, labelled = write_trees(output)
+    comparison = Comparison(labelled)
+    comparison.add_statistics()
+    source = str(source_weights())
+    adapt = _settings("explora", unlabelled, explora, options, "--init", source)
+    comparison.add_start("source, untrained", adapt)
+    _say("2. ExPLoRA: the weights of a small MAE on natural photographs go on learning on the unlabelled tiles.")
+    _pretrain(adapt)
+    comparison.add_run("source + ExPLoRA", explora)
+    _say("3. For comparison: the same model from scratch, for as many steps.")
+    _pretrain(_settings("scratch", unlabelled, scratch, options))
+    comparison.add_run("from scratch", scratch)
+    table = comparison.table()
+    (output / "table.txt").write_text(table + "\n", encoding="utf-8")
+    sys.stdout.write(_summary(table, output, time.monotonic() - begin))
     return 0
+
+
+def _settings(recipe: str, root: Path, output: Path, options: DemoOptions, *more: str) -> Options:
+    """The settings of a ``pretrain`` command, which is shown."""
+    words = ["--config", f"demo/{recipe}", "--root", str(root), "--output", str(output), *more]
+    words += ["--max-steps", str(options.steps), "--seed", str(options.seed)]
+    return resolve(PRETRAIN, words).options
+
+
+def _pretrain(options: Options) -> None:
+    PRETRAIN.run(options)
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"\n{text}\n")
+    sys.stdout.flush()
+
+
+def _summary(table: str, output: Path, seconds: float) -> str:
+    return f"""
+Balanced accuracy of five land-use classes from frozen features, leaving one of eight areas out in turn:
+
+{table}
+
+The unlabelled tiles come from the whole scene, those of the left-out area included, without labels.
+One small scene and a small model: read the order of the rows with care; seeds differ by a few hundredths.
+
+Done in {seconds / 60:.1f} minutes. Look at:
+  {output / "explora" / "plots" / "reconstruction.png"}   what the model reconstructs from a quarter of the tokens
+  {output / "explora" / "plots" / "loss.png"}             its loss and kNN probe
+  {output / "explora" / "encoder.safetensors"}            the adapted encoder; geoexplora inspect {output / "explora"}
+  {output / "table.txt"}
+"""
 
 
 COMMAND = Command(
     name="demo",
     description=(
-        "Adapt an encoder of natural photographs to the 13 bands of a real Sentinel-2 scene that ships with the\n"
+        "Adapt an encoder of natural photographs to ten bands of a real Sentinel-2 scene that ships with the\n"
         "package, measure its features before and after, and draw what it reconstructs. Needs no download and no GPU."
     ),
     usage="[--output DIR] [--steps N] [--seed N]",

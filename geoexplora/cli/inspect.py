@@ -52,11 +52,19 @@ def _lines(entries: Mapping[str, Any], indent: int = 0) -> Iterator[str]:
     """Aligned ``key  value`` lines; what a mapping holds is indented below its key."""
     margin, width = " " * indent, max((len(str(key)) for key in entries), default=0)
     for key, value in entries.items():
+        if isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
+            value = dict(map(_row, value))
         if isinstance(value, Mapping) and value and not _is_tensor(value):
             yield f"{margin}{key}"
             yield from _lines(value, indent + 2)
         else:
             yield f"{margin}{key:<{width}}  {_text(value)}"
+
+
+def _row(row: Mapping[str, Any]) -> tuple[str, str]:
+    """A row of a table, such as that of the parameters: its first value, and the others with their names."""
+    (_, title), *rest = row.items()
+    return str(title), ", ".join(f"{name} {_text(value)}" for name, value in rest)
 
 
 def _is_tensor(value: Mapping[str, Any]) -> bool:

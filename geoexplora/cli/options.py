@@ -59,6 +59,8 @@ class InputOptions(Options):
         image_size: side of the square input, in pixels.
         normalization: clip-uint8 is SatMAE's (clip to mean +- 2 std, truncate to 256 levels), clip-float the same
             without truncation, standardize (x - mean) / std; stored with the weights.
+        statistics: band means and deviations for the normalization: reference takes those published with the dataset,
+            dataset those of the training tiles at hand (up to 2048 of them); stored with the weights.
         antialias: whether resizing smooths first; stored with the weights.
         crop_scale: smallest and largest share of the area that a random crop keeps.
     """
@@ -69,6 +71,7 @@ class InputOptions(Options):
     )
     image_size: int = setting(96, "PIXELS")
     normalization: Literal["clip-uint8", "clip-float", "standardize"] = "clip-uint8"
+    statistics: Literal["reference", "dataset"] = "reference"
     antialias: bool = False
     crop_scale: tuple[float, float] = setting((0.2, 1.0), "LOW,HIGH", interval, expects="two shares such as 0.2,1")
 

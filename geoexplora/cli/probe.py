@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -78,9 +79,9 @@ PROBE_CHECKS: dict[Check, tuple[str, ...]] = checks.SOURCE_CHECKS | {
 
 def run(options: ProbeOptions) -> int:
     """Probe."""
-    from geoexplora.tasks.probing import probe
+    from geoexplora.tasks.probing import format_scores, probe
 
-    probe(options)
+    sys.stdout.write(format_scores(probe(options)) + "\n")
     return 0
 
 

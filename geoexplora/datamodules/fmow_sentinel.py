@@ -10,6 +10,7 @@ from geoexplora.bands import FMOW_SENTINEL_BANDS, FMOW_SENTINEL_STATISTICS, SENT
 from geoexplora.datamodules.tiles import TilesDataModule
 from geoexplora.datasets.fmow_index import SPLITS, find_layout, split_name
 from geoexplora.datasets.fmow_sentinel import FMoWSentinel
+from geoexplora.datasets.statistics import band_statistics
 from geoexplora.datasets.tiles import TileSource
 from geoexplora.errors import ConfigError
 from geoexplora.transforms.normalization import Normalization
@@ -28,6 +29,8 @@ class FMoWSentinelDataModule(TilesDataModule):
         batch_size: size of a batch on one device.
         num_workers: loader processes; 0 reads in the main one.
         normalization: one of ``geoexplora.transforms.METHODS``, or a whole normalization, as stored with weights.
+        statistics: ``reference``: those published for fMoW-Sentinel; ``dataset``: those of the training tiles at hand,
+            read when the datamodule is made. Without effect on a whole normalization.
         antialias: antialiased resizing.
         crop_scale: smallest and largest share of a tile's area that a training crop covers.
         years: first and last year to keep; None keeps all.
@@ -48,6 +51,7 @@ class FMoWSentinelDataModule(TilesDataModule):
         batch_size: int = 64,
         num_workers: int = 0,
         normalization: str | Normalization = "clip-uint8",
+        statistics: Literal["reference", "dataset"] = "reference",
         antialias: bool = False,
         crop_scale: tuple[float, float] = (0.2, 1.0),
         years: tuple[int, int] | None = (2000, 2020),
@@ -74,6 +78,9 @@ class FMoWSentinelDataModule(TilesDataModule):
         self.years = years
         self.missing: Literal["error", "skip"] = missing
         self.max_unreadable = max_unreadable
+        if statistics == "dataset" and isinstance(normalization, str):
+            found = band_statistics(self.source("train"), self.bands)
+            self.normalization = Normalization.from_statistics(normalization, found)
 
     def has_split(self, split: str) -> bool:
         """Whether there is a csv file for the split ``train``, ``val`` or ``test_gt`` (``test``).

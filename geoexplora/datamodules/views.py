@@ -76,6 +76,11 @@ class EvaluationView(Dataset[Sample]):
         """(N,) locations, unique only within a class."""
         return self._array("location_ids")
 
+    @property
+    def image_ids(self) -> NDArray[np.int64]:
+        """(N,) images, unique only within a class and location."""
+        return self._array("image_ids")
+
     def _array(self, name: str) -> NDArray[np.int64]:
         array: Any = getattr(self.source, name)
         return np.asarray(array, dtype=np.int64)

@@ -91,6 +91,10 @@ class FMoWSentinel(NonGeoDataset):
         table = read_table(self._table_path)
         found = {name for path in layout.tables.values() for name in read_table(path).categories}
         self.classes = _classes(found)
+        if self.classes != OFFICIAL_CLASSES and self.split == next(iter(layout.tables)):  # once for all splits
+            logger.info(
+                "Not the official categories: the %d found in the csv files are the classes.", len(self.classes)
+            )
 
         rows = self._rows(table, years, missing)
         codes = np.array([self.classes.index(category) for category in table.categories], dtype=np.int64)
@@ -225,8 +229,4 @@ class FMoWSentinel(NonGeoDataset):
 
 
 def _classes(found: set[str]) -> tuple[str, ...]:
-    if found <= set(OFFICIAL_CLASSES):
-        return OFFICIAL_CLASSES
-    classes = tuple(sorted(found))
-    logger.info("Not the official categories: the %d found in the csv files are the classes.", len(classes))
-    return classes
+    return OFFICIAL_CLASSES if found <= set(OFFICIAL_CLASSES) else tuple(sorted(found))

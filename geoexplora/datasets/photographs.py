@@ -20,22 +20,28 @@ from geoexplora.errors import ConfigError
 
 Sample = dict[str, Any]
 
-NAMES = ("astronaut", "chelsea", "coffee", "rocket", "motorcycle-left", "motorcycle-right", "china", "flower")
-"""The colour photographs; microscopy, medical and astronomical pictures and drawings are left out."""
+COLOUR = ("astronaut", "chelsea", "coffee", "rocket", "motorcycle-left", "motorcycle-right", "china", "flower")
+GREY = ("brick", "camera", "coins", "grass", "gravel")
+NAMES = COLOUR + GREY
+"""The photographs; microscopy, medical and astronomical pictures and drawings are left out."""
 
 
 @lru_cache(maxsize=1)
 def load_photographs() -> tuple[NDArray[np.uint8], ...]:
-    """The photographs of ``NAMES``, each (3, h, w), uint8, red, green, blue; read-only."""
+    """The photographs of ``NAMES``, each (3, h, w), uint8, red, green, blue (equal in the grey ones); read-only."""
     # Imported here: both packages are slow to import, and few runs need them.
     from sklearn.datasets import load_sample_images
 
     data: Any = importlib.import_module("skimage.data")
     left, right, _ = data.stereo_motorcycle()
     shipped = [data.astronaut(), data.chelsea(), data.coffee(), data.rocket(), left, right]
+    grey = [data.brick(), data.camera(), data.coins(), data.grass(), data.gravel()]
     photographs = []
-    for picture in [*shipped, *load_sample_images().images]:
-        photograph = np.ascontiguousarray(np.moveaxis(np.asarray(picture, dtype=np.uint8), -1, 0))
+    for picture in [*shipped, *load_sample_images().images, *grey]:
+        pixels = np.asarray(picture, dtype=np.uint8)
+        if pixels.ndim == 2:
+            pixels = np.stack([pixels] * 3, axis=-1)
+        photograph = np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
         photograph.setflags(write=False)
         photographs.append(photograph)
     return tuple(photographs)

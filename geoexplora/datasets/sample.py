@@ -80,6 +80,11 @@ def folder() -> Path:
     return Path(str(files("geoexplora").joinpath("sample", "s2l1c")))
 
 
+def source_weights() -> Path:
+    """The run folder of the demo's source weights: a small MAE on natural photographs (README beside it)."""
+    return Path(str(files("geoexplora").joinpath("sample", "source")))
+
+
 @lru_cache(maxsize=1)
 def read_scene() -> Scene:
     """Read the scene, all bands on the 10 m grid.

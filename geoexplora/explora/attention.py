@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from timm.layers import Attention
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from geoexplora.explora.lora import is_fusible, lora_projections
+from geoexplora.models.attention import attend
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -108,7 +108,7 @@ class SplitAttention(Attention):
         else:
             projected = tuple(layer(x) for layer in layers)
         q, k, v = (y.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for y in projected)
-        x = F.scaled_dot_product_attention(
+        x = attend(
             self.q_norm(q),
             self.k_norm(k),
             v,

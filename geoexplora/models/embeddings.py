@@ -111,7 +111,8 @@ class GroupPatchEmbed(nn.ModuleList):
 
     def set_input_size(self, img_size: Any = None, patch_size: Any = None) -> None:
         """Change the image or patch size, resampling the kernels (timm)."""
-        for embed in self:
+        embeds: list[Any] = list(self)
+        for embed in embeds:
             embed.set_input_size(img_size=img_size, patch_size=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -123,5 +124,5 @@ class GroupPatchEmbed(nn.ModuleList):
         Returns:
             (B, G * L, D): group by group, positions row by row within a group.
         """
-        embeds: Any = list(self)
+        embeds: Any = iter(self)
         return torch.cat([embed(x[:, list(group)]) for embed, group in zip(embeds, self.groups, strict=True)], dim=1)

@@ -58,6 +58,8 @@ class GroupChannelVisionTransformer(VisionTransformer):
     ) -> None:
         if grid_features not in {"mean", "concat"}:
             raise ValueError(f"grid_features must be 'mean' or 'concat', not {grid_features!r}")
+        if kwargs.get("dynamic_img_size") or not kwargs.get("class_token", True):
+            raise ValueError("needs a class token and images of one size, which set_input_size changes")
         super().__init__(
             img_size=img_size,
             patch_size=patch_size,

@@ -69,11 +69,30 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class FastLinear(nn.Linear):
-    """``torch.nn.Linear`` whose fp32 products go through oneDNN on a CPU."""
+    """``torch.nn.Linear`` for training on CPUs: fp32 by oneDNN, frozen weights cast to bf16 once, not at each step."""
+
+    _kept: tuple[tuple[int, int, torch.dtype], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., I) to (..., O)."""
-        return linear(x, self.weight, self.bias)
+        weight, bias = self.weight, self.bias
+        if self.training and x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and not weight.requires_grad:
+            weight = self._cast(weight, torch.get_autocast_dtype("cpu"))
+        return linear(x, weight, bias)
+
+    def train(self, mode: bool = True) -> FastLinear:
+        """Switch between training and evaluation; casts are kept within a spell of training only."""
+        # Writes through ``weight.data``, as peft merges LoRA, leave no trace that ``_cast`` could see.
+        self._kept = None
+        super().train(mode)
+        return self
+
+    def _cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weight in another type, cast again only if it has changed."""
+        state = (weight.data_ptr(), weight._version, dtype)
+        if self._kept is None or self._kept[0] != state:
+            self._kept = state, weight.detach().to(dtype)
+        return self._kept[1]
 
 
 def use_fast_linears(model: nn.Module) -> nn.Module:

@@ -32,10 +32,15 @@ class MaskedAutoencoder(nn.Module):
     Args:
         encoder: a timm-style ViT with one class token, plain or group-channel.
         decoder: predicts all patches from the visible tokens.
+
+    Raises:
+        ValueError: if the encoder has other prefix tokens than one class token.
     """
 
     def __init__(self, encoder: Any, decoder: MAEDecoder) -> None:
         super().__init__()
+        if encoder.num_prefix_tokens != 1:
+            raise ValueError(f"needs one class token, this one has {encoder.num_prefix_tokens} prefix tokens")
         self.encoder = encoder
         self.decoder = decoder
 

@@ -27,25 +27,32 @@ class Metrics:
 
     Args:
         path: the file. An existing one is continued; a last line that was cut off by a full disk or a power cut is
-            dropped.
-
-    Raises:
-        RunError: if an existing file cannot be read.
+            dropped when it is first used.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._columns: list[str] = []
         self._last: Row = {}
-        if path.exists():
-            rows, whole = _read(path)
+        self._is_read = False
+
+    def _read_existing(self) -> None:
+        # Not before the first use: of several processes only one may touch the file.
+        if not self._is_read and self.path.exists():
+            rows, whole = _read(self.path)
             if not whole:
-                write_text(path, _csv(_columns_of(rows), rows))
+                write_text(self.path, _csv(_columns_of(rows), rows))
             self._adopt(rows)
+        self._is_read = True
 
     @property
     def last_step(self) -> int | None:
-        """The step of the last row; None if there is none."""
+        """The step of the last row; None if there is none.
+
+        Raises:
+            RunError: if an existing file cannot be read.
+        """
+        self._read_existing()
         return int(self._last["step"]) if self._last else None
 
     def append(self, row: Mapping[str, float | int | str]) -> None:
@@ -60,6 +67,7 @@ class Metrics:
         """
         if "step" not in row:
             raise ValueError("a row of metrics needs a step")
+        self._read_existing()
         row = {name: _plain(value) for name, value in row.items()}
         same = self.last_step == int(row["step"])
         if not same and self.last_step is not None and int(row["step"]) < self.last_step:
@@ -104,6 +112,7 @@ class Metrics:
             raise write_failure(self.path, problem) from problem
 
     def _adopt(self, rows: list[Row]) -> None:
+        self._is_read = True
         self._columns = _columns_of(rows)
         self._last = dict(rows[-1]) if rows else {}
 

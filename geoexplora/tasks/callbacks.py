@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ class MetricsWriter(Callback):
         self.images_per_step = images_per_step
         self._losses: list[Tensor] = []
         self._latents: list[Tensor] = []
-        self._norm = float("nan")
+        self._norm = self._rate = float("nan")
         self._step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -55,8 +56,9 @@ class MetricsWriter(Callback):
         return step % self.every_n_steps == 0 or step in {1, trainer.max_steps}
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Take the norm of the gradient, before it is clipped."""
+        """Take the norm of the gradient, before it is clipped, and the learning rate, before it moves on."""
         if self._is_logged(trainer.global_step + 1, trainer):
+            self._rate = max(group["lr"] for group in optimizer.param_groups)
             grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
             self._norm = float(torch.nn.utils.get_total_norm(grads))
 
@@ -88,10 +90,10 @@ class MetricsWriter(Callback):
             now = time.perf_counter()
             rate = (step - self._timed_from) * self.images_per_step / (now - self._clock)
             self._timed_from, self._clock = step, now
-            health = feature_health(torch.cat(latents))
-            rates = {group["name"]: group["lr"] for group in trainer.optimizers[0].param_groups}
+            features = torch.cat(latents)
+            health = feature_health(features) if len(features) > 1 else {}
             self.metrics.append(
-                {"step": step, "loss": loss, "lr": max(rates.values()), "grad_norm": self._norm, **health}
+                {"step": step, "loss": loss, "lr": self._rate, "grad_norm": self._norm, **health}
                 | {"images_per_second": rate}
             )
         pl_module.log("loss", loss, prog_bar=True, rank_zero_only=True)
@@ -117,7 +119,8 @@ class KNNProbe(Callback):
         self._probed = -1
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Probe the start."""
+        """Probe the start; a resumed run was probed where it goes on."""
+        self._probed = trainer.global_step
         if trainer.global_step == 0:
             self._probe(trainer, pl_module)
 
@@ -158,5 +161,6 @@ class KNNProbe(Callback):
         dataset = self.datamodule.eval_dataset(split)
         kept = torch.randperm(len(dataset), generator=generator(self.datamodule.seed))[:most].tolist()
         loader = DataLoader(Subset(dataset, kept), self.datamodule.batch_size, num_workers=self.datamodule.num_workers)
-        found = extract_features(task.model.encoder, loader, "mean", task.device)
+        check = partial(self.datamodule.check_unreadable, split=split)
+        found = extract_features(task.model.encoder, loader, "mean", task.device, check=check)
         return torch.from_numpy(found.features), torch.from_numpy(found.labels)

@@ -27,6 +27,7 @@ from geoexplora.tasks.classifiers import (
     score,
 )
 from geoexplora.tasks.features import extract_features
+from geoexplora.tasks.pretraining import Schedule, build_task, open_data
 from geoexplora.transforms.normalization import Normalization
 from geoexplora.weights.load import load_encoder
 from geoexplora.weights.spec import EncoderSpec
@@ -34,7 +35,7 @@ from geoexplora.weights.spec import EncoderSpec
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test_gt")
-NEIGHBOURS, SHOTS, DRAWS = 15, 10, 10
+NEIGHBOURS, SHOTS, DRAWS = 15, 10, 5
 TILE = 16
 
 
@@ -45,7 +46,7 @@ class Row:
     Attributes:
         name: what the features are.
         knn: of 15 nearest neighbours.
-        few: of logistic regression on 10 labels of each class, the mean over 10 draws.
+        few: of logistic regression on 10 labels of each class, the mean over 5 draws.
         linear: of logistic regression on all labels.
     """
 
@@ -88,7 +89,7 @@ class Comparison:
 
     def add_statistics(self) -> Row:
         """Probe the mean and standard deviation of each band: the floor that learned features must beat."""
-        data = self.data("clip-float", image_size=TILE)
+        data = self.data("standardize", image_size=TILE)
         features, labels, blocks = [], [], []
         for split in SPLITS:
             view = data.eval_dataset(split)
@@ -96,7 +97,7 @@ class Comparison:
             features.append(torch.cat([images.mean((2, 3)), images.std((2, 3))], dim=1).numpy())
             labels.append(view.labels)
             blocks.append(view.location_ids)
-        return self._add("band statistics", *map(np.concatenate, (features, labels, blocks)))
+        return self._add("band means and deviations", features, labels, blocks)
 
     def add_encoder(self, name: str, encoder: Any, spec: EncoderSpec) -> Row:
         """Probe an encoder: per-group means of its tokens."""
@@ -112,14 +113,25 @@ class Comparison:
             features.append(found.features)
             labels.append(found.labels)
             blocks.append(data.eval_dataset(split).location_ids[found.kept])
-        return self._add(name, *map(np.concatenate, (features, labels, blocks)))
+        return self._add(name, features, labels, blocks)
+
+    def add_start(self, name: str, options: Any) -> Row:
+        """Probe the encoder that a pre-training would start from.
+
+        Args:
+            name: what it is.
+            options: settings of ``geoexplora pretrain``.
+        """
+        task = build_task(options, open_data(options), Schedule(1, 1, options.batch_size, 0), None)
+        return self.add_encoder(name, task.model.encoder, task.spec)
 
     def add_run(self, name: str, run: Path) -> Row:
         """Probe the encoder of a run folder."""
         return self.add_encoder(name, *load_encoder(run))
 
-    def _add(self, name: str, features: Floats, labels: Labels, blocks: Labels) -> Row:
-        folds: Folds = leave_locations_out(blocks)
+    def _add(self, name: str, parts: list[Floats], labelled: list[Labels], areas: list[Labels]) -> Row:
+        features, labels = np.concatenate(parts), np.concatenate(labelled)
+        folds: Folds = leave_locations_out(np.concatenate(areas))
         few = [
             score(linear_classifier(seed), features, labels, list(few_shot(folds, labels, SHOTS, seed)))
             for seed in range(DRAWS)
@@ -131,6 +143,7 @@ class Comparison:
             score(linear_classifier(0), features, labels, folds).balanced_accuracy,
         )
         self.rows.append(row)
+        log.info("%s: kNN %.3f, %d labels a class %.3f, all labels %.3f", name, row.knn, SHOTS, row.few, row.linear)
         return row
 
     def table(self) -> str:

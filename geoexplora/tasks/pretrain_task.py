@@ -25,6 +25,7 @@ from geoexplora.explora import (
     parameter_table,
     resolve_blocks,
 )
+from geoexplora.models.attention import use_fast_attention
 from geoexplora.models.decoder import MAEDecoder
 from geoexplora.models.initialization import initialize_plain_encoder
 from geoexplora.models.linear import use_fast_linears
@@ -37,6 +38,9 @@ from geoexplora.weights.load import build_encoder
 from geoexplora.weights.spec import EncoderSpec
 
 Mode = Literal["explora", "full", "scratch"]
+
+SOURCE_KEY = "geoexplora_source"
+"""Where a checkpoint keeps what was found in ``init``: a resumed run does not read that file again."""
 
 
 class ExPLoRAPretrain(BaseTask):
@@ -77,8 +81,8 @@ class ExPLoRAPretrain(BaseTask):
         weight_decay: AdamW's.
         seed: of weights and masks.
         grad_checkpointing: recompute the encoder's activations in the backward pass.
-        source_state: what an earlier start found in ``init``, from ``run.json``; the weights then come from a
-            checkpoint and ``init`` is not read.
+        source_state: what an earlier start found in ``init``, from its checkpoint, where the weights then come from
+            as well; ``init`` is not read.
 
     Raises:
         ConfigError: for settings that do not fit each other.
@@ -173,7 +177,7 @@ class ExPLoRAPretrain(BaseTask):
             else:
                 _freeze_encodings(encoder)
         encoder.set_grad_checkpointing(h["grad_checkpointing"])
-        self.model = use_fast_linears(MaskedAutoencoder(encoder, decoder))
+        self.model = use_fast_linears(use_fast_attention(MaskedAutoencoder(encoder, decoder)))
 
     @property
     def num_groups(self) -> int:
@@ -227,6 +231,10 @@ class ExPLoRAPretrain(BaseTask):
             self.hparams["pairing"],
         )
         return {"loss": loss, "value": loss.detach(), "latent": output.latent.detach()}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what was found in ``init``."""
+        checkpoint[SOURCE_KEY] = self.source_state
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with a learning rate for each kind of part, cosine with warm-up by step (He et al. 2022)."""

@@ -5,13 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 
 from geoexplora.datamodules.tiles import TilesDataModule
 from geoexplora.errors import ConfigError
@@ -23,7 +22,8 @@ from geoexplora.runs.metrics import Metrics
 from geoexplora.runs.progress import progress_callback
 from geoexplora.tasks.callbacks import KNNProbe, MetricsWriter
 from geoexplora.tasks.exports import RunExport
-from geoexplora.tasks.pretrain_task import ExPLoRAPretrain
+from geoexplora.tasks.parallel import SharedFailure, fit, process_rank, useful_workers
+from geoexplora.tasks.pretrain_task import SOURCE_KEY, ExPLoRAPretrain
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,9 @@ class Schedule:
         warmup = options.warmup_steps
         if warmup is None:
             warmup = round(options.warmup_epochs * images / images_per_step)
-        return cls(steps, accumulate, images_per_step, min(warmup, max(0, steps - 1)))
+        if warmup >= steps:
+            log.info("the warm-up of %d steps is cut to %d: there are only %d steps", warmup, steps - 1, steps)
+        return cls(steps, accumulate, images_per_step, min(warmup, steps - 1))
 
 
 def pretrain(options: Any) -> dict[str, Any]:
@@ -86,34 +88,35 @@ def pretrain(options: Any) -> dict[str, Any]:
     """
     _quiet()
     folder = RunFolder(options.output)
-    if _rank() > 0:
-        return _train(options, folder, find_checkpoint(folder) if options.resume else None)
-    resumes = options.resume and folder.holds_run
-    with folder.open() if resumes else folder.create():
-        return _train(options, folder, find_checkpoint(folder) if resumes else None)
-
-
-def _train(options: Any, folder: RunFolder, checkpoint: Path | None) -> dict[str, Any]:
-    datamodule = open_data(options)
-    datamodule.setup("fit")
-    images = len(datamodule.source("train"))
-    schedule = Schedule.of(options, images)
-    state = folder.read_run_json()["source"] if checkpoint else None
-    task = build_task(options, datamodule, schedule, state)
-    step = 0 if checkpoint is None else torch.load(checkpoint, mmap=True, weights_only=True)["global_step"]
-    metrics = None
-    if _rank() == 0:
-        metrics = Metrics(folder.metrics_file)
-        metrics.truncate_after(step if checkpoint else -1)
-        _record(folder, options, task, images, schedule)
-        if step >= schedule.steps:
-            log.info("%s is complete: %d steps", folder.path, step)
-    datamodule.num_batches = schedule.steps * schedule.accumulate
-    datamodule.first_batch = step * schedule.accumulate
-    trainer = _trainer(options, schedule, folder, metrics, datamodule)
-    trainer.fit(task, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
-    log.info("run folder: %s", folder.path)
-    return dict(folder.read_run_json().get("metrics", {}))
+    leads, resumes = process_rank() == 0, options.resume and folder.holds_run
+    if leads and resumes:
+        folder.open()
+    try:
+        checkpoint = find_checkpoint(folder) if resumes else None
+        saved = {} if checkpoint is None else torch.load(checkpoint, mmap=True, weights_only=True)
+        step: int = saved.get("global_step", 0)
+        datamodule = open_data(options)
+        datamodule.setup("fit")
+        images = len(datamodule.source("train"))
+        schedule = Schedule.of(options, images)
+        task = build_task(options, datamodule, schedule, saved.get(SOURCE_KEY))
+        metrics, failure = Metrics(folder.metrics_file), SharedFailure(folder.path)
+        trainer = _trainer(options, schedule, folder, metrics, datamodule, [failure])
+        if leads:
+            if not resumes:
+                folder.create()  # only now: wrong input leaves no folder behind
+            failure.clear()
+            metrics.truncate_after(step if checkpoint else -1)
+            _record(folder, options, task, images, schedule)
+        datamodule.num_batches = schedule.steps * schedule.accumulate
+        datamodule.first_batch = step * schedule.accumulate
+        fit(trainer, failure, task, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+    finally:
+        if leads:
+            folder.close()
+    record = folder.read_run_json()
+    log.info("run folder: %s, %d of %d steps done", folder.path, record["step"], schedule.steps)
+    return dict(record["metrics"])
 
 
 def open_data(options: Any) -> TilesDataModule:
@@ -127,8 +130,9 @@ def open_data(options: Any) -> TilesDataModule:
         options.root,
         image_size=options.image_size,
         batch_size=options.batch_size,
-        num_workers=options.num_workers,
+        num_workers=useful_workers(options.num_workers),
         normalization=options.normalization,
+        statistics=options.statistics,
         antialias=options.antialias,
         crop_scale=options.crop_scale,
         years=options.years,
@@ -151,8 +155,6 @@ def build_task(
         schedule: gives the length.
         state: what an earlier start of this run found in ``--init``.
     """
-    if options.mode == "explora" and options.init is None:
-        log.warning("no --init: ExPLoRA starts from random weights, most of which stay as they are")
     scale = schedule.images_per_step / 256
     return ExPLoRAPretrain(
         model=options.model,
@@ -189,9 +191,7 @@ def build_task(
     )
 
 
-def _record(
-    folder: RunFolder, options: Any, task: ExPLoRAPretrain, images: int, schedule: Schedule
-) -> None:
+def _record(folder: RunFolder, options: Any, task: ExPLoRAPretrain, images: int, schedule: Schedule) -> None:
     table = task.parameter_table()
     log.info("what is trained:\n%s", format_table(table))
     log.info(
@@ -214,9 +214,18 @@ def _record(
 
 
 def _trainer(
-    options: Any, schedule: Schedule, folder: RunFolder, metrics: Metrics | None, datamodule: TilesDataModule
+    options: Any,
+    schedule: Schedule,
+    folder: RunFolder,
+    metrics: Metrics,
+    datamodule: TilesDataModule,
+    callbacks: Sequence[Callback],
 ) -> Trainer:
-    callbacks = [MetricsWriter(metrics, options.log_every, schedule.images_per_step), progress_callback("pre-training")]
+    callbacks = [
+        *callbacks,
+        MetricsWriter(metrics, options.log_every, schedule.images_per_step),
+        progress_callback("pre-training"),
+    ]
     if options.probe_every and _has_labels(datamodule):
         callbacks.append(KNNProbe(metrics, datamodule, options.probe_every))
     export = RunExport(folder, datamodule)
@@ -252,14 +261,10 @@ def _has_labels(datamodule: TilesDataModule) -> bool:
     return len(set(datamodule.eval_dataset("train").labels.tolist())) > 1
 
 
-def _rank() -> int:
-    """Number of this process among those that Lightning started."""
-    return int(getattr(rank_zero_only, "rank", 0))
-
-
 def _quiet() -> None:
     """Hide Lightning's advice that does not apply: data order, logging and checkpoints are this package's."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for text in (
         ".*does not have many workers.*",
         ".*You passed in a `val_dataloader`.*",

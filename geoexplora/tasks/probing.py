@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from geoexplora.bands import SENSORS
 from geoexplora.datamodules.tiles import TilesDataModule
-from geoexplora.errors import ConfigError, DataError
+from geoexplora.errors import ConfigError, DataError, RunError
 from geoexplora.registry import DATASETS, load, look_up
 from geoexplora.tasks.classifiers import (
     Floats,
@@ -31,6 +31,7 @@ from geoexplora.tasks.classifiers import (
     score,
 )
 from geoexplora.tasks.features import Pool, extract_features
+from geoexplora.tasks.parallel import useful_workers
 from geoexplora.transforms.normalization import Normalization
 from geoexplora.weights.atomic import atomic_path, write_text
 from geoexplora.weights.files import read_weights
@@ -54,6 +55,11 @@ def probe(options: Any) -> dict[str, Scores]:
     """
     encoder, spec = load_encoder(options.init)
     if options.image_size not in {None, spec.image_size}:
+        if options.image_size % spec.patch_size:
+            raise ConfigError(
+                f"--image-size {options.image_size} is not a multiple of the encoder's patch size {spec.patch_size}",
+                f"It was trained at {spec.image_size} pixels.",
+            )
         encoder.set_input_size(img_size=(options.image_size, options.image_size))  # type: ignore[operator]
         spec = replace(spec, image_size=options.image_size)
     if options.bands is not None and tuple(SENSORS[spec.sensor].select(options.bands)) != spec.bands:
@@ -62,20 +68,16 @@ def probe(options: Any) -> dict[str, Scores]:
             "Leave --bands out: the right ones are taken by name.",
         )
     datamodule = labelled_data(options, spec)
-    splits = ["train", "val"] if options.holdout == "split" else ["train", "val", "test_gt"]
+    splits = _labelled_splits(options, datamodule)
     device = _device(options.accelerator)
     precision = torch.bfloat16 if options.precision == "bf16" else None
-    digest = _digest(options, spec)
     cache = _cache_folder(options)
+    weights = read_weights(options.init).record()
     parts = []
     for split in splits:
-        if datamodule.has_split(split):
-            file = None if cache is None else cache / f"{split}-{digest}.npz"
-            parts.append(_features(encoder.to(device), datamodule, split, options.pool, device, precision, file))
-        elif split in {"train", "val"} and options.holdout == "split":
-            raise DataError(
-                f"the dataset has no labelled split {split}", "Add it, or use --holdout location to split by place."
-            )
+        digest = _digest(options, spec, weights, datamodule.eval_dataset(split))
+        file = None if cache is None else cache / f"{split}-{digest}.npz"
+        parts.append(_features(encoder.to(device), datamodule, split, options.pool, device, precision, file))
     features = np.concatenate([part[0] for part in parts])
     labels = np.concatenate([part[1] for part in parts])
     if options.holdout == "split":
@@ -87,7 +89,7 @@ def probe(options: Any) -> dict[str, Scores]:
     if options.output is not None:
         record = {name: asdict(value) for name, value in scores.items()}
         settings = {"init": str(options.init), "dataset": options.dataset, "holdout": options.holdout, "k": options.k}
-        settings |= {"few_shot": options.few_shot, "pool": options.pool, "seed": options.seed, "weights": spec.source}
+        settings |= {"few_shot": options.few_shot, "pool": options.pool, "seed": options.seed, "weights": weights}
         write_text(Path(options.output) / "probe.json", json.dumps({"scores": record, "settings": settings}, indent=2))
     return scores
 
@@ -109,7 +111,7 @@ def labelled_data(options: Any, spec: EncoderSpec) -> TilesDataModule:
         bands=spec.bands,
         image_size=spec.image_size,
         batch_size=options.batch_size,
-        num_workers=options.num_workers,
+        num_workers=useful_workers(options.num_workers),
         normalization=Normalization.from_dict(spec.normalization),
         antialias=spec.antialias,
         years=options.years,
@@ -176,16 +178,43 @@ def _features(
         encoder, loader, pool, device, precision, partial(datamodule.check_unreadable, split=split)
     )
     if file is not None:
-        with atomic_path(file) as temporary, temporary.open("wb") as stream:
-            np.savez(stream, **found._asdict())
+        try:
+            with atomic_path(file) as temporary, temporary.open("wb") as stream:
+                np.savez(stream, **found._asdict())
+        except RunError as problem:
+            log.warning("the features of %s are not kept for another time: %s", split, str(problem).splitlines()[0])
     return found.features, found.labels, view.location_ids[found.kept]
 
 
-def _digest(options: Any, spec: EncoderSpec) -> str:
-    """What the features depend on: weights, data, preprocessing."""
-    weights = read_weights(options.init).sha256
-    data = [options.dataset, str(Path(options.root).resolve()), list(options.years), options.missing]
-    parts = [weights, data, options.pool, options.precision, spec.to_metadata()]
+def _labelled_splits(options: Any, datamodule: TilesDataModule) -> list[str]:
+    """The splits to read, known to hold labels before anything slow begins."""
+    if options.holdout == "split":
+        splits = ["train", "val"]
+        gone = [split for split in splits if not datamodule.has_split(split)]
+        if gone:
+            raise DataError(
+                f"{options.dataset} has no labelled split {' and no split '.join(gone)} there",
+                "Add it, or use --holdout location to split by place.",
+            )
+    else:
+        splits = [split for split in ("train", "val", "test_gt") if datamodule.has_split(split)]
+    views = [datamodule.eval_dataset(split) for split in splits]
+    if not datamodule.classes:
+        raise DataError(f"{options.dataset} has no labels", "A probe needs a labelled dataset.")
+    found = np.unique(np.concatenate([view.labels for view in views]))
+    if len(found) < 2:
+        raise DataError(
+            f"all tiles are of one class, {datamodule.classes[int(found[0])]}",
+            "A probe needs labels of two classes or more.",
+        )
+    return splits
+
+
+def _digest(options: Any, spec: EncoderSpec, weights: dict[str, Any], view: Any) -> str:
+    """What a split's features depend on: weights, data, preprocessing."""
+    data = [options.dataset, str(Path(options.root or "").resolve()), options.max_unreadable]
+    rows = hashlib.sha256(view.labels.tobytes() + view.location_ids.tobytes() + view.image_ids.tobytes()).hexdigest()
+    parts = [weights["sha256"], data, rows, options.pool, options.precision, spec.to_metadata()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -212,7 +212,11 @@ def open_file(path: Path) -> Opened:
             start = file.read(9)
     except OSError as problem:
         raise WeightsError(f"cannot read {path}: {problem.strerror}", "Check the path given by --init.") from problem
-    return _open_safetensors(path) if start[8:9] == b"{" else _open_pickle(path)
+    if start[8:9] == b"{":
+        return _open_safetensors(path)
+    if not start.startswith((b"PK", b"\x80")):  # a zip archive, or torch's older pickles
+        raise _damaged(path, "it starts like no format of weights")
+    return _open_pickle(path)
 
 
 def _open_safetensors(path: Path) -> Opened:
@@ -243,9 +247,10 @@ def _open_pickle(path: Path) -> Opened:
     return Opened(path, content)
 
 
-def _damaged(path: Path, problem: Exception) -> WeightsError:
+def _damaged(path: Path, problem: Exception | str) -> WeightsError:
+    reason = problem if isinstance(problem, str) else _first_line(problem)
     return WeightsError(
-        f"{path} is not a weights file, or is truncated or damaged: {_first_line(problem)}",
+        f"{path} is not a weights file, or is truncated or damaged: {reason}",
         "Compare its size with the original and take or download another copy.",
     )
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
+import peft
 import pytest
 import timm
 import torch
@@ -109,6 +110,7 @@ def test_other_types_go_to_torch(dtype: torch.dtype) -> None:
     assert matmul(x, weight).equal(F.linear(x, weight))
 
 
+@pytest.mark.filterwarnings("ignore:TF32")
 def test_meta_tensors_and_a_disabled_onednn() -> None:
     weight, bias = parameters()
     x = torch.randn(2, 6)
@@ -129,6 +131,53 @@ def test_autocast_computes_in_bf16() -> None:
     out.sum().backward()
     assert weight.grad is not None
     assert weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_autocast_of_frozen_layers(frozen: bool) -> None:
+    """Frozen weights are cast once in training; values and gradients are torch's."""
+    torch.manual_seed(0)
+    stock = nn.Linear(6, 7).requires_grad_(not frozen)
+    (layer,) = use_fast_linears(nn.Sequential(copy.deepcopy(stock)))
+    x = torch.randn(2, 3, 6, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        outs = [stock(x), layer(x), layer(x)]
+    for out in outs[1:]:
+        assert out.equal(outs[0])
+    grads = [torch.autograd.grad(out.float().square().sum(), x)[0] for out in outs]
+    torch.testing.assert_close(grads[1], grads[0])
+    assert layer.weight.dtype == torch.float32
+    assert set(layer.state_dict()) == {"weight", "bias"}
+
+
+def test_a_changed_frozen_weight_is_cast_again() -> None:
+    (layer,) = use_fast_linears(nn.Sequential(nn.Linear(6, 7).requires_grad_(False)))
+    x = torch.randn(2, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(x)
+        layer.load_state_dict(nn.Linear(6, 7).state_dict())
+        assert layer(x).equal(F.linear(x, layer.weight, layer.bias))
+        clone = copy.deepcopy(layer)
+        with torch.no_grad():
+            clone.weight.add_(1)
+        assert clone(x).equal(F.linear(x, clone.weight, clone.bias))
+        assert layer(x).equal(F.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_merging_lora_under_autocast_is_seen(training: bool) -> None:
+    """Regression: peft merges through ``weight.data``, which leaves no trace on the weight."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8)).requires_grad_(False)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False), model)
+    use_fast_linears(model)
+    x = torch.randn(3, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        model.train(training)(x)
+        before = model.eval()(x)
+        model[0].merge()
+        after = model(x)
+    torch.testing.assert_close(after.float(), before.float(), rtol=0.05, atol=0.1)
 
 
 @onednn
