@@ -18,17 +18,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import shlex
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +31,7 @@ import numpy as np
 import rasterio
 import tifffile
 import torch
+from circumstances import circumstances
 from kornia.augmentation import RandomResizedCrop as KorniaCrop
 from torch.nn import functional
 from torchvision.transforms import InterpolationMode
@@ -205,27 +200,6 @@ def report(title: str, rates: dict[str, list[float]]) -> dict[str, Any]:
     return results
 
 
-def circumstances(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Machine, versions, commit and command."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True, check=False
-    )
-    return {
-        "machine": f"{model or platform.processor() or platform.machine()}, {os.cpu_count()} cores, one used",
-        "system": platform.platform(terse=True),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "torchvision", "kornia", "rasterio", "imagecodecs")},
-        "commit": git.stdout.strip() if git.returncode == 0 else None,
-        "command": shlex.join(["python", "benchmarks/data_loading.py", *sys.argv[1:]]),
-        "seed": arguments.seed,
-        "rounds": arguments.rounds,
-        "seconds_per_variant_and_round": arguments.seconds,
-    }
-
-
 def main() -> None:
     """Measure and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -238,7 +212,8 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(arguments.seed)
     warnings.simplefilter("ignore")
-    results = circumstances(arguments)
+    results = circumstances(("torch", "torchvision", "kornia", "rasterio", "imagecodecs"))
+    results |= {"seed": arguments.seed, "rounds": arguments.rounds, "seconds_per_variant_and_round": arguments.seconds}
     print("\n".join(f"{name}: {value}" for name, value in results.items()))
     with tempfile.TemporaryDirectory() as folder:
         for name, size in TREES.items():

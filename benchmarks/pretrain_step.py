@@ -12,8 +12,8 @@ machine's mood hits all of them; ratios are medians over rounds of the ratios wi
   rank 8, norms and output projections.
 
 The floor is the step's counted FLOPs (matrix products, attention, convolutions; only gradients that are needed) over
-the fastest measured rate of matrix products of the model's own sizes. Peak memory is that of a process of its own, above
-what the imports take.
+the fastest measured rate of matrix products of the model's own sizes. Peak memory is that of a process of its own,
+above what the imports take.
 """
 
 from __future__ import annotations

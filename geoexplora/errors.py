@@ -47,3 +47,16 @@ def user_message(error: GeoExploraError) -> str:
         return text
     # The last line of a chain of tracebacks names the error that reached the loader; its message follows.
     return re.split(rf"^[\w.]*\b{type(error).__name__}: ", text, flags=re.MULTILINE)[-1].strip()
+
+
+def message_in_traceback(text: str) -> str | None:
+    """The message of an error of this module that ended another process.
+
+    Args:
+        text: that process's traceback, as text.
+
+    Returns:
+        Problem and remedy; ``None`` if it ended by another error.
+    """
+    *before, message = re.split(rf"^{re.escape(__name__)}\.\w+: ", text, flags=re.MULTILINE)
+    return message.strip() if before and "Traceback (most recent call last)" not in message else None

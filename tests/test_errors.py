@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch._utils import ExceptionWrapper
 
-from geoexplora.errors import DataError, GeoExploraError, user_message
+from geoexplora.errors import DataError, GeoExploraError, message_in_traceback, user_message
 
 
 def test_problem_and_remedy() -> None:
@@ -26,3 +26,11 @@ def test_a_workers_traceback_is_left_out(chained: bool) -> None:
         wrapper.reraise()
     assert "Traceback" in str(caught.value)
     assert user_message(caught.value) == "first line: of two\nsecond line\nremedy"
+
+
+def test_the_message_of_another_process() -> None:
+    text = 'Traceback (most recent call last):\n  File "x.py"\ngeoexplora.errors.DataError: tile 7\nremedy\n'
+    assert message_in_traceback(text) == "tile 7\nremedy"
+    assert message_in_traceback("Traceback (most recent call last):\nRuntimeError: connection closed") is None
+    chained = f"{text}\nDuring handling of the above:\n\nTraceback (most recent call last):\nValueError: no"
+    assert message_in_traceback(chained) is None

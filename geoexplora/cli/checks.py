@@ -124,6 +124,10 @@ def decoder(options: Any) -> Iterator[Finding]:
             ("decoder_heads", "decoder_width"),
             f"--decoder-width {options.decoder_width} does not divide by --decoder-heads {options.decoder_heads}.",
         )
+    step = 4 if options.groups is None else 16  # a quarter encodes the group; sines and cosines of two axes need 4
+    if not low and options.decoder_width % step:
+        text = f"--decoder-width {options.decoder_width} must be a multiple of {step}, for the position encoding."
+        yield Finding(("decoder_width",), text)
 
 
 def start(options: Any) -> Iterator[Finding]:
@@ -136,6 +140,8 @@ def start(options: Any) -> Iterator[Finding]:
                 " Leave out --init, or take --mode full to train all weights from there.",
             )
         return
+    if options.init is None and options.resume:
+        return  # said when it was started
     if options.init is None:
         yield Finding(
             ("init",),
@@ -260,7 +266,7 @@ PRETRAIN_CHECKS: dict[Check, tuple[str, ...]] = SOURCE_CHECKS | {
     groups: ("dataset", "bands", "groups"),
     model_input: ("image_size", "patch_size", "crop_scale"),
     model: ("model",),
-    decoder: ("decoder_width", "decoder_depth", "decoder_heads"),
+    decoder: ("decoder_width", "decoder_depth", "decoder_heads", "groups"),
     start: ("mode", "init", "resume"),
     whole_blocks: ("mode", "model", "whole_blocks"),
     rank: ("mode", "model", "rank", "decoder_rank", "decoder_width", "alpha"),

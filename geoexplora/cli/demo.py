@@ -94,11 +94,11 @@ Balanced accuracy of five land-use classes from frozen features, leaving one of 
 The unlabelled tiles come from the whole scene, those of the left-out area included, without labels.
 One small scene and a small model: read the order of the rows with care; seeds differ by a few hundredths.
 
-Done in {seconds / 60:.1f} minutes. Look at:
-  {output / "explora" / "plots" / "reconstruction.png"}   what the model reconstructs from a quarter of the tokens
-  {output / "explora" / "plots" / "loss.png"}             its loss and kNN probe
-  {output / "explora" / "encoder.safetensors"}            the adapted encoder; geoexplora inspect {output / "explora"}
-  {output / "table.txt"}
+Done in {seconds / 60:.1f} minutes. Look, in {output}, at
+  explora/plots/reconstruction.png  what the model reconstructs from a quarter of the tokens
+  explora/plots/loss.png            how its loss fell
+  explora/encoder.safetensors       the adapted encoder: geoexplora inspect {output / "explora"}
+  table.txt                         the table above
 """
 
 

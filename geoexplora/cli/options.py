@@ -196,14 +196,12 @@ class ScalingOptions(DeviceOptions):
         num_nodes: machines.
         strategy: Lightning's strategy for several devices, such as ddp.
         grad_checkpointing: compute activations twice to save memory.
-        compile: compile the model with torch.compile.
     """
 
     devices: int = setting(1, "N")
     num_nodes: int = setting(1, "N")
     strategy: str = setting("auto", "NAME")
     grad_checkpointing: bool = False
-    compile: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,6 @@ FREE = frozenset(
     {
         "accelerator",
         "checkpoint_every",
-        "compile",
         "grad_checkpointing",
         "init",  # the checkpoint holds the weights; the file may have moved
         "log_every",

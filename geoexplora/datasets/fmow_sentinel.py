@@ -93,7 +93,7 @@ class FMoWSentinel(NonGeoDataset):
         self.classes = _classes(found)
         if self.classes != OFFICIAL_CLASSES and self.split == next(iter(layout.tables)):  # once for all splits
             logger.info(
-                "Not the official categories: the %d found in the csv files are the classes.", len(self.classes)
+                "the csv files have %d categories of their own, not fMoW's 62: these are the classes", len(self.classes)
             )
 
         rows = self._rows(table, years, missing)

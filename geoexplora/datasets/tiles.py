@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -105,7 +106,9 @@ def _decode(path: Path, count: int) -> Array | None:
 
 def _read_with_gdal(path: Path, count: int) -> Array:
     try:
-        with rasterio.open(path) as file:
+        with warnings.catch_warnings(action="ignore", category=rasterio.errors.NotGeoreferencedWarning):
+            opened = rasterio.open(path)
+        with opened as file:
             found = file.count
             image: Array | None = file.read() if found == count else None
     except (rasterio.errors.RasterioError, OSError) as error:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from geoexplora.datamodules.sampling import generator
@@ -19,11 +19,32 @@ from geoexplora.errors import RunError
 from geoexplora.runs.metrics import Metrics, read_metrics
 from geoexplora.tasks.classifiers import knn_classifier, score
 from geoexplora.tasks.features import extract_features, feature_health
+from geoexplora.weights.write import not_finite
 
 log = logging.getLogger(__name__)
 
-PROBE_TRAIN, PROBE_TEST = 10_000, 2_000
+PROBE_TRAIN, PROBE_TEST = 4_000, 1_000
 """At most so many labelled tiles to learn from and to test on in a kNN probe during training."""
+
+
+DIVERGED = (
+    "Start anew with a lower --lr, more --warmup-steps or --clip-grad, or --precision 32. "
+    "The last checkpoint is from before."
+)
+
+
+def check_finite(model: nn.Module) -> None:
+    """Refuse weights that a checkpoint must not replace good ones by.
+
+    Args:
+        model: what is trained.
+
+    Raises:
+        RunError: if a trained weight is not finite.
+    """
+    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    if bad := not_finite(trained):
+        raise RunError(f"the training diverged: {len(bad)} tensors hold NaN or Inf, such as {bad[0]}", DIVERGED)
 
 
 class MetricsWriter(Callback):
@@ -84,7 +105,7 @@ class MetricsWriter(Callback):
         if not math.isfinite(loss):
             raise RunError(
                 f"the loss is {loss} at step {step}",
-                "Lower --lr, raise --warmup-steps or set --clip-grad; the last checkpoint is untouched.",
+                DIVERGED,
             )
         if trainer.is_global_zero:
             now = time.perf_counter()

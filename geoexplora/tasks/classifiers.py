@@ -16,6 +16,7 @@ from sklearn.model_selection import GroupKFold
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from geoexplora.errors import DataError
 
@@ -76,9 +77,10 @@ def score(classifier: Pipeline, features: Floats, labels: Labels, folds: Folds) 
         if len(found) < 2:
             raise DataError("the training samples are all of one class", "A probe needs labels of two classes or more.")
         classes = max(classes, len(found))
-        classifier.fit(features[train], labels[train])
+        with threadpool_limits(limits=1):  # on matrices this small threads cost more than they give
+            classifier.fit(features[train], labels[train])
+            predicted.append(classifier.predict(features[test]))
         truth.append(labels[test])
-        predicted.append(classifier.predict(features[test]))
     y, z = np.concatenate(truth), np.concatenate(predicted)
     return Scores(float(accuracy_score(y, z)), float(balanced_accuracy_score(y, z)), len(y), classes)
 

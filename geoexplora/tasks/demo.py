@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from geoexplora.bands import FMOW_SENTINEL_BANDS
 from geoexplora.datamodules.fmow_sentinel import FMoWSentinelDataModule
 from geoexplora.datasets.sample_tree import write_fmow_tree
 from geoexplora.tasks.classifiers import (

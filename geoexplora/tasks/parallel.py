@@ -14,7 +14,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from geoexplora.errors import GeoExploraError, RunError, user_message
+from geoexplora.errors import GeoExploraError, RunError, message_in_traceback, user_message
 from geoexplora.weights.atomic import write_text
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def fit(trainer: Trainer, failure: SharedFailure, *args: Any, **kwargs: Any) -> 
             _end_others(trainer)
         if trainer.world_size == 1:
             raise
-        message = failure.message()
+        message = failure.message() or message_in_traceback(str(problem))  # the second if processes were forked
         if message is None:
             raise
         if leads:

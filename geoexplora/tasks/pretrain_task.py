@@ -232,6 +232,14 @@ class ExPLoRAPretrain(BaseTask):
         )
         return {"loss": loss, "value": loss.detach(), "latent": output.latent.detach()}
 
+    def on_train_start(self) -> None:
+        """Set the rates by the schedule: a checkpoint brings back those of the shorter run that wrote it."""
+        schedule: Any = self.lr_schedulers()
+        for group, peak, factor in zip(
+            schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+        ):
+            group["lr"] = peak * factor(schedule.last_epoch)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what was found in ``init``."""
         checkpoint[SOURCE_KEY] = self.source_state

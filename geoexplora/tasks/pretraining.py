@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from geoexplora.runs.checkpoint import RunCheckpoint, find_checkpoint
 from geoexplora.runs.folder import RunFolder
 from geoexplora.runs.metrics import Metrics
 from geoexplora.runs.progress import progress_callback
-from geoexplora.tasks.callbacks import KNNProbe, MetricsWriter
+from geoexplora.tasks.callbacks import KNNProbe, MetricsWriter, check_finite
 from geoexplora.tasks.exports import RunExport
 from geoexplora.tasks.parallel import SharedFailure, fit, process_rank, useful_workers
 from geoexplora.tasks.pretrain_task import SOURCE_KEY, ExPLoRAPretrain
@@ -101,11 +100,13 @@ def pretrain(options: Any) -> dict[str, Any]:
         schedule = Schedule.of(options, images)
         task = build_task(options, datamodule, schedule, saved.get(SOURCE_KEY))
         metrics, failure = Metrics(folder.metrics_file), SharedFailure(folder.path)
-        trainer = _trainer(options, schedule, folder, metrics, datamodule, [failure])
+        trainer = _trainer(options, schedule, folder, metrics, datamodule, task, failure)
         if leads:
             if not resumes:
                 folder.create()  # only now: wrong input leaves no folder behind
             failure.clear()
+            if resumes:
+                log.info("going on with %s from step %d", folder.path, step)
             metrics.truncate_after(step if checkpoint else -1)
             _record(folder, options, task, images, schedule)
         datamodule.num_batches = schedule.steps * schedule.accumulate
@@ -219,17 +220,23 @@ def _trainer(
     folder: RunFolder,
     metrics: Metrics,
     datamodule: TilesDataModule,
-    callbacks: Sequence[Callback],
+    task: ExPLoRAPretrain,
+    failure: SharedFailure,
 ) -> Trainer:
-    callbacks = [
-        *callbacks,
+    callbacks: list[Callback] = [
+        failure,
         MetricsWriter(metrics, options.log_every, schedule.images_per_step),
         progress_callback("pre-training"),
     ]
     if options.probe_every and _has_labels(datamodule):
         callbacks.append(KNNProbe(metrics, datamodule, options.probe_every))
+
+    def before_save() -> None:
+        check_finite(task.model)
+        metrics.sync()
+
     export = RunExport(folder, datamodule)
-    callbacks.append(RunCheckpoint(folder, options.checkpoint_every, before_save=metrics.sync, on_saved=export))
+    callbacks.append(RunCheckpoint(folder, options.checkpoint_every, before_save=before_save, on_saved=export))
     try:
         return Trainer(
             accelerator=options.accelerator,
@@ -265,6 +272,7 @@ def _quiet() -> None:
     """Hide Lightning's advice that does not apply: data order, logging and checkpoints are this package's."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # says which processes it ends
     for text in (
         ".*does not have many workers.*",
         ".*You passed in a `val_dataloader`.*",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from math import isqrt
 from typing import Any
 
@@ -90,26 +90,6 @@ def adapt_encoder(
                 _take_kernel(adaptation, name, source[name], target[name].shape[-1], {name})
     _positions(adaptation, model, target, source, "pos_embed", described)
     return adaptation
-
-
-def ungroup(source: Mapping[str, Tensor], described: EncoderSpec) -> tuple[dict[str, Tensor], EncoderSpec]:
-    """See a source with a single channel group as a plain ViT, whose bands can then become other groups.
-
-    Its position encoding keeps its width, that of group-channel models; its group's encoding, a sin-cos row that
-    every group-channel model has as its first, is left out.
-
-    Args:
-        source: the source's tensors, under timm's names.
-        described: what the source is.
-
-    Returns:
-        Both, changed if there is a single group and as they are otherwise.
-    """
-    if described.groups is None or len(described.groups) != 1:
-        return dict(source), described
-    tensors = {name.replace("patch_embed.0.", "patch_embed."): value for name, value in source.items()}
-    tensors.pop("channel_embed", None)
-    return tensors, replace(described, groups=None, bands=described.groups[0])
 
 
 def adapt_decoder(

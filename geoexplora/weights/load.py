@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from geoexplora.errors import WeightsError
-from geoexplora.weights.adapt import Adaptation, adapt_decoder, adapt_encoder, ungroup
+from geoexplora.weights.adapt import Adaptation, adapt_decoder, adapt_encoder
 from geoexplora.weights.files import SourceWeights, read_weights
 from geoexplora.weights.report import LoadReport
 from geoexplora.weights.spec import EncoderSpec
@@ -102,8 +102,6 @@ def load_into(
     _check_finite(label, tensors)
     if described is not None and spec is not None:
         _check_architecture(label, described, spec)
-    if described is not None and spec is not None and described.groups != spec.groups:
-        tensors, described = ungroup(tensors, described)
     adaptation = adapt_encoder(model, tensors, described, spec, policy, generator, label=label)
     return _finish(model, tensors, adaptation, label, described, allow_missing, allow_unexpected)
 

@@ -42,10 +42,21 @@ class LoadReport:
         }
 
     def summary(self) -> str:
-        """A line on how many tensors matched and one for each other tensor."""
+        """A line on how many tensors matched, and one for each thing that became of others."""
         lines = [f"{len(self.matched)} tensors matched"]
         for label, entries in (("converted", self.converted), ("resampled", self.resampled), ("kept", self.kept)):
-            lines += [f"{label} {name}: {how}" for name, how in entries.items()]
+            lines += [f"{label} {_named(names)}: {how}" for how, names in _by_value(entries).items()]
         lines += [f"missing {name}: left as initialized" for name in self.missing]
         lines += [f"ignored {name}" for name in self.unexpected]
         return "\n".join(lines)
+
+
+def _by_value(entries: Mapping[str, str]) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = {}
+    for name, how in entries.items():
+        names.setdefault(how, []).append(name)
+    return names
+
+
+def _named(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

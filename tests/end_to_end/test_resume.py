@@ -134,7 +134,7 @@ def test_a_damaged_checkpoint(geoexplora, whole, tmp_path, assert_equal):
 
 def test_a_run_in_use(start, command, geoexplora, photo_run, tmp_path):
     run = tmp_path / "run"
-    process = start(command(run, "--init", photo_run, "--max-steps", "10000", "--checkpoint-every", "0"))
+    process = start(command(run, "--init", photo_run, "--max-steps", "9999", "--checkpoint-every", "10000"))
     while not (run / "metrics.csv").exists() and process.is_alive():
         time.sleep(0.01)
     got = geoexplora("pretrain", "--resume", run)

@@ -1,0 +1,58 @@
+"""What a user reads on standard error: no library's noise, nothing twice, no traceback."""
+
+from __future__ import annotations
+
+import re
+
+EXPECTED = (
+    r"Not the official categories: the 5 found in the csv files are the classes\.",
+    r"encoder from .*encoder\.safetensors \(geoexplora\): \d+ tensors matched",
+    r"decoder from the same source: \d+ tensors matched",
+    r"(converted|resampled|kept) [\w.]+: .*",
+    r"what is trained:",
+    r"part +trainable +frozen",
+    r"[\w ]+ +[\d,]+ +[\d,]+",
+    r"total \([\d.]+% trained\) +[\d,]+ +[\d,]+",
+    r"53 images, 2 steps of 8 images, learning rate [\de.-]+",
+    r"kNN probe at step [02]: 0\.\d{4} \(start 0\.\d{4}\)",
+    r"warning: the kNN probe fell to .*",
+    r"pre-training: step [12] of 2, loss [\d.]+, [\d.]+ steps/s(, 0:\d\d left)?",
+    r"run folder: .*, 2 of 2 steps done",
+)
+
+
+def test_pretrain_and_probe_and_resume(console, command, photo_run, tmp_path, fmow_tree):
+    run = tmp_path / "run"
+    words = ("--max-steps", "2", "--num-workers", "2", "--probe-every", "2", "--precision", "bf16")
+    got = console(*command(run, "--init", photo_run, *words))
+    assert got.returncode == 0, got.stderr
+    assert got.stdout == ""
+    lines = got.stderr.splitlines()
+    strange = [line for line in lines if not any(re.fullmatch(known, line) for known in EXPECTED)]
+    assert strange == []
+    assert len(set(lines)) == len(lines), "nothing twice"
+
+    data = ("--dataset", "fmow-sentinel", "--root", fmow_tree, "--accelerator", "cpu", "--num-workers", "0")
+    got = console("probe", "--init", run, *data)
+    assert got.returncode == 0, got.stderr
+    assert got.stderr.splitlines() == [
+        "Not the official categories: the 5 found in the csv files are the classes.",
+        "features of 53 images of train",
+        "features of 15 images of val",
+    ]
+    assert [line.split()[0] for line in got.stdout.splitlines()] == ["knn", "linear"]
+
+
+def test_a_start_from_random_weights_is_said_once(pretrain, geoexplora, tmp_path):
+    got = pretrain(tmp_path / "r", "--max-steps", "1")
+    assert got.status == 0
+    assert got.err.count("random weights") == 1
+    got = geoexplora("pretrain", "--resume", tmp_path / "r")
+    assert "random weights" not in got.err
+    assert "going on with" in got.err
+
+
+def test_no_more_workers_than_cores(pretrain, tmp_path, monkeypatch):
+    monkeypatch.setattr("geoexplora.tasks.parallel.os.sched_getaffinity", lambda _: {0})
+    got = pretrain(tmp_path / "r", "--max-steps", "1", "--num-workers", "8")
+    assert "reading data in 1 processes instead of 8: there are no more CPU cores" in got.err
