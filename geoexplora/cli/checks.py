@@ -126,7 +126,13 @@ def decoder(options: Any) -> Iterator[Finding]:
         )
     step = 4 if options.groups is None else 16  # a quarter encodes the group; sines and cosines of two axes need 4
     if not low and options.decoder_width % step:
-        text = f"--decoder-width {options.decoder_width} must be a multiple of {step}, for the position encoding."
+        near = " or ".join(
+            str(one * step) for one in (options.decoder_width // step, options.decoder_width // step + 1) if one
+        )
+        text = (
+            f"--decoder-width {options.decoder_width} is not a multiple of {step}, which the position encoding needs."
+            f" Near it: {near}."
+        )
         yield Finding(("decoder_width",), text)
 
 
@@ -199,6 +205,18 @@ def mask(options: Any) -> Iterator[Finding]:
     """Some tokens are masked and some are not."""
     if not 0 < options.mask_ratio < 1:
         yield Finding(("mask_ratio",), f"--mask-ratio {options.mask_ratio:g} must lie between 0 and 1; 0.75 is usual.")
+        return
+    if min(options.image_size, options.patch_size) < 1 or options.image_size % options.patch_size:
+        return  # reported elsewhere
+    tokens = (options.image_size // options.patch_size) ** 2
+    if options.mask == "independent" and options.groups:
+        tokens *= len(options.groups)
+    if not 1 <= math.floor((1 - options.mask_ratio) * tokens) < tokens:
+        yield Finding(
+            ("image_size", "patch_size", "mask_ratio"),
+            f"an image has {tokens} token{'' if tokens == 1 else 's'} to mask, too few for --mask-ratio"
+            f" {options.mask_ratio:g}: none would be visible, or none hidden. Use larger images or smaller patches.",
+        )
 
 
 def numbers(options: Any) -> Iterator[Finding]:
@@ -270,7 +288,7 @@ PRETRAIN_CHECKS: dict[Check, tuple[str, ...]] = SOURCE_CHECKS | {
     start: ("mode", "init", "resume"),
     whole_blocks: ("mode", "model", "whole_blocks"),
     rank: ("mode", "model", "rank", "decoder_rank", "decoder_width", "alpha"),
-    mask: ("mask_ratio",),
+    mask: ("mask_ratio", "image_size", "patch_size", "groups", "mask"),
     numbers: (),
     effective_batch: ("batch_size", "devices", "num_nodes", "effective_batch_size"),
     length: ("epochs", "max_steps"),

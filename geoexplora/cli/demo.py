@@ -13,7 +13,6 @@ from geoexplora.cli.options import Options
 from geoexplora.cli.pretrain import COMMAND as PRETRAIN
 from geoexplora.cli.resolve import resolve
 from geoexplora.cli.values import path, setting
-from geoexplora.errors import RunError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +20,7 @@ class DemoOptions(Options):
     """Demo.
 
     Attributes:
-        output: folder for the data, runs, table and pictures of the demo.
+        output: folder for the data, runs, table and pictures of the demo; if it is in use, a number is added.
         steps: optimizer steps of each training.
         seed: seed of weights, order of the data, crops and masks.
     """
@@ -45,11 +44,8 @@ def run(options: DemoOptions) -> int:
     from geoexplora.datasets.sample import source_weights
     from geoexplora.tasks.demo import Comparison, write_trees
 
-    output, begin = Path(options.output), time.monotonic()
+    output, begin = _free(Path(options.output)), time.monotonic()
     explora, scratch = output / "explora", output / "scratch"
-    for folder in (explora, scratch):
-        if folder.exists():
-            raise RunError(f"{output} holds a demo already", "Name another folder with --output, or remove it.")
     _say("1. Writing the bundled Sentinel-2 scene (west of Berlin, 13 bands) as fMoW-Sentinel trees.")
     unlabelled, labelled = write_trees(output)
     comparison = Comparison(labelled)
@@ -69,9 +65,15 @@ def run(options: DemoOptions) -> int:
     return 0
 
 
+def _free(folder: Path) -> Path:
+    """The folder, or if it is in use the same name with the first free number."""
+    candidates = [folder, *(folder.with_name(f"{folder.name}-{number}") for number in range(2, 1000))]
+    return next(path for path in candidates if not path.exists() or not any(path.iterdir()))
+
+
 def _settings(recipe: str, root: Path, output: Path, options: DemoOptions, *more: str) -> Options:
     """The settings of a ``pretrain`` command, which is shown."""
-    words = ["--config", f"demo/{recipe}", "--root", str(root), "--output", str(output), *more]
+    words = ["--config", f"pretrain/demo-{recipe}", "--root", str(root), "--output", str(output), *more]
     words += ["--max-steps", str(options.steps), "--seed", str(options.seed)]
     return resolve(PRETRAIN, words).options
 

@@ -165,7 +165,7 @@ class OptimizationOptions(Options):
     batch_size: int = setting(64, "IMAGES")
     effective_batch_size: int | None = setting(None, "IMAGES")
     lr: float = setting(4.5e-4, "X")
-    whole_blocks_lr_scale: float = setting(0.1, "X")
+    whole_blocks_lr_scale: float = setting(1.0, "X")
     min_lr: float = setting(0.0, "X")
     warmup_epochs: float = setting(1.0, "N")
     warmup_steps: int | None = setting(None, "N")

@@ -53,7 +53,7 @@ COMMAND = Command(
     checks=PRETRAIN_CHECKS,
     configurable=True,
     examples=(
-        "pretrain --dataset fmow-sentinel --root data/fmow --init mae_pretrain_vit_large.pth --output runs/a",
+        "pretrain --dataset fmow-sentinel --root data/fmow --init mae_visualize_vit_large.pth --output runs/a",
         "pretrain --dataset fmow-sentinel --root data/fmow --model vit_base --rank 16 --output runs/b",
         "pretrain --resume runs/a",
         "pretrain --config my.yaml --max-steps 100 --print-config",

@@ -19,6 +19,9 @@ from geoexplora.cli.resuming import compare, saved_config
 from geoexplora.cli.values import is_null
 from geoexplora.errors import ConfigError
 
+REPLACED = {"epochs": "max_steps", "warmup_epochs": "warmup_steps"}
+"""Lengths in epochs, and the lengths in steps that would hide them: who sets the first no longer wants the second."""
+
 
 @dataclass(frozen=True)
 class Request:
@@ -93,6 +96,9 @@ class _Settled:
     def apply(self, layer: Layer) -> None:
         """Lay a layer over what is settled."""
         self.problems += layer.problems
+        for epochs, steps in REPLACED.items():
+            if epochs in layer.settings and steps not in layer.settings and steps in self.values:
+                self.values[steps] = None
         for name, setting in layer.settings.items():
             self.origins[name] = setting.where
             try:

@@ -138,13 +138,16 @@ class TilesDataModule(NonGeoDataModule):
     def setup(self, stage: str) -> None:
         """Open what a stage needs: ``fit``, ``validate`` or ``test``.
 
+        ``fit`` opens ``train`` only: ``val`` is opened by ``val_dataloader``, which a training without validation
+        never calls.
+
         Raises:
             DataError: if it is missing or not what it should be.
         """
         if stage == "fit":
             crop = TrainCrop(self.normalization, self.image_size, self.crop_scale, self.antialias)
             self.train_dataset = TrainView(self.source("train"), crop, self.seed)
-        if stage == "validate" or (stage == "fit" and self.has_split("val")):
+        if stage == "validate":
             self.val_dataset = self.eval_dataset("val")
         if stage == "test":
             self.test_dataset = self.eval_dataset("test")
@@ -172,6 +175,8 @@ class TilesDataModule(NonGeoDataModule):
         return DataLoader(self.eval_dataset(split), batch_size=self.batch_size, **self._loading())
 
     def _dataloader_factory(self, split: str) -> DataLoader[Batch]:
+        if split == "val" and self.val_dataset is None:
+            self.val_dataset = self.eval_dataset("val")
         view = self._valid_attribute(f"{split}_dataset")
         return DataLoader(view, batch_size=self.batch_size, **self._loading())
 

@@ -55,7 +55,7 @@ class FMoWSentinel(NonGeoDataset):
         missing: what to do about rows without a file: ``error``, or ``skip`` with a warning.
         years: first and last year to keep; None keeps all.
         max_unreadable: the largest bearable share of unreadable tiles; one is always borne.
-        nodata: a tile of nothing but this value counts as unreadable.
+        nodata: a tile of nothing but this value, or but what its own nodata tag names, counts as unreadable.
 
     Raises:
         DataError: if there is no csv file, it lacks a column or holds malformed values, no row is left after the
@@ -121,35 +121,51 @@ class FMoWSentinel(NonGeoDataset):
             index: of the tile; negative ones count from the end.
 
         Returns:
-            The tile, (C, h, w) in the file's own type. Isolated NaN pixels hold the band's mean.
+            The tile, (C, h, w) in the file's own type, or float32 if it has missing pixels: NaN, infinite, or of the
+            value that the file's nodata tag names. These hold the mean of the tile's other pixels of the band; a band
+            without any holds the mean published for fMoW-Sentinel.
 
         Raises:
             DataError: if the tile has another number of bands, or more tiles in a row than bearable are unreadable.
             IndexError: if there is no such tile.
         """
         wanted = range(len(self))[index]
-        bad: list[Path] = []
+        bad: list[str] = []
         while len(bad) <= self.unreadable.limit and len(bad) < len(self):
             at = (wanted + len(bad)) % len(self)
             try:
                 image = read_geotiff(self.path(at), SENTINEL2.band_names, self._keep, self.nodata)
-            except UnusableTileError:
-                bad.append(self.path(at))
+            except UnusableTileError as error:
+                bad.append(f"{self.path(at)} ({error})")
                 continue
-            if image.dtype.kind == "f" and not np.isfinite(image).all():
-                image = np.where(np.isfinite(image), image, self._fill[:, None, None])
-            return Tile(image, int(self.labels[at]), wanted if bad else -1)
+            return Tile(self._filled(image), int(self.labels[at]), wanted if bad else -1)
         raise too_many(bad, len(self), self.unreadable.share)
 
-    def note_unreadable(self, index: int) -> None:
-        """Count and name an unreadable tile.
+    def _filled(self, image: NDArray[Any]) -> NDArray[Any]:
+        if image.dtype.kind != "f" or (valid := np.isfinite(image)).all():
+            return image
+        counts = valid.sum((1, 2))
+        sums = np.where(valid, image, 0).sum((1, 2), dtype=np.float64)
+        means = np.where(counts > 0, sums / np.maximum(counts, 1), self._fill)
+        return np.where(valid, image, means.astype(np.float32)[:, None, None])
 
-        A loader's main process calls this for what its workers met; reading samples directly does so by itself.
+    def note_unreadable(self, index: int) -> None:
+        """Count an unreadable tile, and name it with the reason.
+
+        A loader's main process calls this for what its workers met; reading samples directly does so by itself. Only
+        the index comes from a worker: the reason is found by looking at the file again, once.
 
         Raises:
             DataError: if more distinct tiles than bearable were unreadable.
         """
-        self.unreadable.add(index, self.path(index))
+        if index in self.unreadable.seen:
+            return
+        reason = "it could not be read at first"
+        try:
+            read_geotiff(self.path(index), SENTINEL2.band_names, self._keep, self.nodata)
+        except UnusableTileError as error:
+            reason = str(error)
+        self.unreadable.add(index, self.path(index), reason)
 
     def __getitem__(self, index: int) -> Sample:
         """A sample with ``image``, ``label`` and ``unreadable``.

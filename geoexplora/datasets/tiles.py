@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import struct
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,10 @@ from geoexplora.errors import DataError
 logger = logging.getLogger(__name__)
 
 Array = NDArray[Any]
+
+# Tags of a TIFF file, and the types they come in.
+_WIDTH, _HEIGHT, _SAMPLES, _PLANAR, _NODATA = 256, 257, 277, 284, 42113
+_ASCII, _SHORT, _LONG = 2, 3, 4
 
 
 class Tile(NamedTuple):
@@ -68,57 +73,99 @@ def read_geotiff(path: Path, expected: Sequence[str], keep: Sequence[int], nodat
         nodata: a tile of nothing but this value is unusable.
 
     Returns:
-        (C, h, w), in the file's own type; missing pixels of float files are NaN.
+        (C, h, w), in the file's own type. Missing pixels, those of the value that the file's own nodata tag names,
+        are NaN; an integer file that has some comes as float32.
 
     Raises:
         UnusableTileError: if the file is missing, unreadable or truncated, or all its pixels are nodata or NaN.
         DataError: if the file holds another number of bands.
     """
     count = len(expected)
-    image = _decode(path, count)
-    if image is None:
-        image = _read_with_gdal(path, count)
+    image, tag = _decode(path, count) or _read_with_gdal(path, count)
     image = image if len(keep) == count and list(keep) == list(range(count)) else image[list(keep)]
-    if image.size == 0 or bool((image == nodata).all()):
-        raise UnusableTileError("it holds nothing but nodata")
-    if image.dtype.kind == "f" and not bool(np.isfinite(image).any()):
-        raise UnusableTileError("it holds nothing but NaN")
-    return image
+    missing = _missing(image, tag)
+    unusable = image == nodata if missing is None else missing | (image == nodata)
+    if bool(unusable.all()):  # also true of an image without pixels
+        raise UnusableTileError("it holds nothing but nodata or NaN")
+    if missing is None or not bool(missing.any()):
+        return image
+    return np.where(missing, np.float32(np.nan), image.astype(np.float32, copy=False))
 
 
-def _decode(path: Path, count: int) -> Array | None:
-    """All bands (C, h, w) by imagecodecs, or None where rasterio has to look."""
+def _missing(image: Array, tag: str | float | None) -> NDArray[np.bool_] | None:
+    """Which pixels are missing; None where none can be."""
+    missing = ~np.isfinite(image) if image.dtype.kind == "f" else None
+    if tag is None:
+        return missing
+    try:
+        value = float(tag)
+    except ValueError:
+        return missing
+    # A float32 file's tag has the digits of a float64. An integer file's tag may be a value that it cannot hold.
+    equal: NDArray[np.bool_] = image == (image.dtype.type(value) if image.dtype.kind == "f" else value)
+    return equal if missing is None else missing | equal
+
+
+def _decode(path: Path, count: int) -> tuple[Array, str | None] | None:
+    """All bands (C, h, w) by imagecodecs and the nodata tag, or None where rasterio has to look."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UnusableTileError(error.strerror or str(error)) from error
     try:
+        header = _read_header(content)
+        if header.get(_SAMPLES, 1) != count:
+            return None
         pixels = imagecodecs.tiff_decode(content)
-    except (imagecodecs.TiffError, ValueError, RuntimeError, IndexError):
+        height, width = int(header[_HEIGHT]), int(header[_WIDTH])
+        # Pixel-interleaved files come as (h, w, C), band-interleaved ones (2) as (C, h, w).
+        if header.get(_PLANAR, 1) == 2:
+            image = pixels.reshape(count, height, width)
+        else:
+            image = np.moveaxis(pixels.reshape(height, width, count), -1, 0)
+    except (imagecodecs.TiffError, struct.error, KeyError, ValueError, RuntimeError, IndexError):
         return None
-    if pixels.ndim == 2 and count == 1:
-        return pixels[None]
-    # Pixel-interleaved files come as (h, w, C), band-interleaved ones as (C, h, w).
-    if pixels.ndim == 3 and (pixels.shape[0] == count) != (pixels.shape[2] == count):
-        return pixels if pixels.shape[0] == count else np.moveaxis(pixels, -1, 0)
-    return None
+    tag = header.get(_NODATA)
+    return image, None if tag is None else str(tag)
 
 
-def _read_with_gdal(path: Path, count: int) -> Array:
+def _read_header(content: bytes) -> dict[int, int | str]:
+    """Size, layout and nodata tag of a classic TIFF's first image; empty for anything else.
+
+    Imagecodecs tells none of these, and tifffile's parsing of all tags takes a third of the time of decoding.
+    """
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(content[:4])
+    if order is None:
+        return {}
+    (start,) = struct.unpack_from(f"{order}I", content, 4)
+    (entries,) = struct.unpack_from(f"{order}H", content, start)
+    found: dict[int, int | str] = {}
+    for position in range(start + 2, start + 2 + 12 * entries, 12):
+        tag, kind, length = struct.unpack_from(f"{order}HHI", content, position)
+        if tag == _NODATA and kind == _ASCII:
+            at = position + 8 if length <= 4 else struct.unpack_from(f"{order}I", content, position + 8)[0]
+            found[tag] = content[at : at + length].decode("latin-1").strip(" \0")
+        elif tag in {_WIDTH, _HEIGHT, _SAMPLES, _PLANAR} and kind in {_SHORT, _LONG}:
+            (found[tag],) = struct.unpack_from(order + ("H" if kind == _SHORT else "I"), content, position + 8)
+    return found
+
+
+def _read_with_gdal(path: Path, count: int) -> tuple[Array, float | None]:
     try:
         with warnings.catch_warnings(action="ignore", category=rasterio.errors.NotGeoreferencedWarning):
             opened = rasterio.open(path)
         with opened as file:
             found = file.count
             image: Array | None = file.read() if found == count else None
+            nodata: float | None = file.nodata
     except (rasterio.errors.RasterioError, OSError) as error:
-        raise UnusableTileError(str(error)) from error
+        raise UnusableTileError(str(error.__cause__ or error)) from error
     if image is None:
         raise DataError(
             f"{path} has {found} band{'' if found == 1 else 's'}, not {count}",
             "All tiles must hold the same bands in the same order; remove or replace this one.",
         )
-    return image
+    return image, nodata
 
 
 class UnreadableTiles:
@@ -132,34 +179,37 @@ class UnreadableTiles:
     def __init__(self, total: int, share: float) -> None:
         self.total = total
         self.share = share
-        self.seen: dict[int, Path] = {}
+        self.seen: dict[int, str] = {}
 
     @property
     def limit(self) -> int:
         """The largest bearable number."""
         return max(1, int(self.share * self.total))
 
-    def add(self, index: int, path: Path, reason: str = "") -> None:
+    def add(self, index: int, path: Path, reason: str) -> None:
         """Note one; warns the first time.
+
+        Args:
+            index: of the tile.
+            path: its file.
+            reason: why it cannot be used.
 
         Raises:
             DataError: if there are more distinct ones than bearable.
         """
         if index in self.seen:
             return
-        self.seen[index] = path
-        logger.warning(
-            "%s cannot be used%s; the next readable tile stands in for it.", path, f" ({reason})" if reason else ""
-        )
+        self.seen[index] = f"{path} ({reason})"
+        logger.warning("%s cannot be used (%s); the next readable tile stands in for it.", path, reason)
         if len(self.seen) > self.limit:
             raise too_many(list(self.seen.values()), self.total, self.share)
 
 
-def too_many(paths: Sequence[Path], total: int, share: float) -> DataError:
-    """The error for more unreadable tiles than bearable."""
-    names = "".join(f"\n  {path}" for path in paths[:5])
+def too_many(tiles: Sequence[str], total: int, share: float) -> DataError:
+    """The error for more unreadable tiles than bearable, given their files with the reasons."""
+    names = "".join(f"\n  {tile}" for tile in tiles[:5])
     return DataError(
-        f"{len(paths)} of {total} tiles ({len(paths) / total:.1%}) cannot be read or hold no data, "
+        f"{len(tiles)} of {total} tiles ({len(tiles) / total:.1%}) cannot be read or hold no data, "
         f"more than the bearable share of {share:.1%}; the first of them:{names}",
         "Copy or unpack these files again, or raise max_unreadable.",
     )

@@ -10,6 +10,7 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -163,7 +164,8 @@ class RunFolder:
     def update_run_json(self, **sections: Any) -> None:
         """Put sections into run.json, replacing those of the same name and keeping the others.
 
-        Every call also records the versions of Python and the main packages, and the git commit if there is one.
+        Every call also records the versions of Python and the main packages, and the git commit if there is one, as
+        they were at this process's first call.
 
         Args:
             sections: plain JSON values, such as ``source``, ``bands``, ``parameters``, ``metrics``.
@@ -190,6 +192,7 @@ class RunFolder:
         return dict(record)
 
 
+@cache  # asks git, which is slow in large working copies, and this is called at every checkpoint
 def _environment() -> dict[str, Any]:
     versions: dict[str, str] = {}
     for package in RECORDED_PACKAGES:

@@ -12,7 +12,7 @@ from typing import Any
 from geoexplora.errors import RunError
 from geoexplora.weights.atomic import write_failure, write_text
 
-TIMING_COLUMNS = ("seconds", "images_per_second", "peak_memory_mib")
+TIMING_COLUMNS = ("images_per_second",)
 """Columns that measure the machine: they stand last and differ between runs; everything else repeats exactly."""
 
 Row = dict[str, float | int | str]

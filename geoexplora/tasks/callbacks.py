@@ -47,6 +47,30 @@ def check_finite(model: nn.Module) -> None:
         raise RunError(f"the training diverged: {len(bad)} tensors hold NaN or Inf, such as {bad[0]}", DIVERGED)
 
 
+class StepClock:
+    """Measures the time that steps take, data included, without that of probes and checkpoints."""
+
+    def __init__(self) -> None:
+        self._begin = time.perf_counter()
+        self._pause: float | None = None
+
+    def pause(self) -> None:
+        """Stop counting."""
+        self._pause = time.perf_counter()
+
+    def go_on(self) -> None:
+        """Count again."""
+        if self._pause is not None:
+            self._begin += time.perf_counter() - self._pause
+            self._pause = None
+
+    def lap(self) -> float:
+        """Seconds counted since the last lap, or since the start."""
+        now = time.perf_counter()
+        seconds, self._begin = now - self._begin, now
+        return seconds
+
+
 class MetricsWriter(Callback):
     """Writes a row of metrics.csv every N optimizer steps, and after the first and the last one.
 
@@ -57,9 +81,11 @@ class MetricsWriter(Callback):
         metrics: the run's metrics.
         every_n_steps: N.
         images_per_step: effective batch size.
+        clock: paused where something else than steps takes time.
     """
 
-    def __init__(self, metrics: Metrics, every_n_steps: int, images_per_step: int) -> None:
+    def __init__(self, metrics: Metrics, every_n_steps: int, images_per_step: int, clock: StepClock) -> None:
+        self.clock = clock
         self.metrics = metrics
         self.every_n_steps = every_n_steps
         self.images_per_step = images_per_step
@@ -71,7 +97,7 @@ class MetricsWriter(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
         self._step = self._timed_from = trainer.global_step
-        self._clock = time.perf_counter()
+        self.clock.lap()
 
     def _is_logged(self, step: int, trainer: Trainer) -> bool:
         return step % self.every_n_steps == 0 or step in {1, trainer.max_steps}
@@ -108,9 +134,8 @@ class MetricsWriter(Callback):
                 DIVERGED,
             )
         if trainer.is_global_zero:
-            now = time.perf_counter()
-            rate = (step - self._timed_from) * self.images_per_step / (now - self._clock)
-            self._timed_from, self._clock = step, now
+            rate = (step - self._timed_from) * self.images_per_step / self.clock.lap()
+            self._timed_from = step
             features = torch.cat(latents)
             health = feature_health(features) if len(features) > 1 else {}
             self.metrics.append(
@@ -129,10 +154,14 @@ class KNNProbe(Callback):
         metrics: receives the column ``knn`` (accuracy).
         datamodule: with labelled splits ``train`` and ``val``.
         every_n_steps: N.
+        clock: paused during a probe.
         k: neighbours.
     """
 
-    def __init__(self, metrics: Metrics, datamodule: TilesDataModule, every_n_steps: int, k: int = 20) -> None:
+    def __init__(
+        self, metrics: Metrics, datamodule: TilesDataModule, every_n_steps: int, clock: StepClock, k: int = 20
+    ) -> None:
+        self.clock = clock
         self.metrics = metrics
         self.datamodule = datamodule
         self.every_n_steps = every_n_steps
@@ -148,15 +177,19 @@ class KNNProbe(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Probe after every N-th optimizer step."""
-        if trainer.global_step % self.every_n_steps == 0 and trainer.global_step != self._probed:
+        """Probe after every N-th optimizer step and after the last."""
+        step = trainer.global_step
+        if (step % self.every_n_steps == 0 or step == trainer.max_steps) and step != self._probed:
             self._probe(trainer, pl_module)
 
     def _probe(self, trainer: Trainer, task: Any) -> None:
         self._probed = trainer.global_step
+        self.clock.pause()
         if trainer.is_global_zero:
-            train = self._features(task, "train", PROBE_TRAIN)
-            test = self._features(task, "val", PROBE_TEST)
+            log.info("kNN probe at step %d ...", trainer.global_step)
+            precision = torch.bfloat16 if trainer.precision == "bf16-mixed" else None
+            train = self._features(task, "train", PROBE_TRAIN, precision)
+            test = self._features(task, "val", PROBE_TEST, precision)
             accuracy = self._accuracy(train, test)
             self.metrics.append({"step": trainer.global_step, "knn": accuracy})
             start = next(float(row["knn"]) for row in read_metrics(self.metrics.path) if "knn" in row)
@@ -170,6 +203,7 @@ class KNNProbe(Callback):
                     start,
                 )
         trainer.strategy.barrier()
+        self.clock.go_on()
 
     def _accuracy(self, train: Any, test: Any) -> float:
         features = torch.cat([train[0], test[0]]).numpy()
@@ -178,10 +212,10 @@ class KNNProbe(Callback):
         second = torch.arange(len(train[0]), len(features)).numpy()
         return score(knn_classifier(self.k, len(first)), features, labels, [(first, second)]).accuracy
 
-    def _features(self, task: Any, split: str, most: int) -> tuple[Tensor, Tensor]:
+    def _features(self, task: Any, split: str, most: int, precision: torch.dtype | None) -> tuple[Tensor, Tensor]:
         dataset = self.datamodule.eval_dataset(split)
         kept = torch.randperm(len(dataset), generator=generator(self.datamodule.seed))[:most].tolist()
         loader = DataLoader(Subset(dataset, kept), self.datamodule.batch_size, num_workers=self.datamodule.num_workers)
         check = partial(self.datamodule.check_unreadable, split=split)
-        found = extract_features(task.model.encoder, loader, "mean", task.device, check=check)
+        found = extract_features(task.model.encoder, loader, "mean", task.device, precision, check)
         return torch.from_numpy(found.features), torch.from_numpy(found.labels)

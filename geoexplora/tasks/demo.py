@@ -59,15 +59,14 @@ def write_trees(folder: Path) -> tuple[Path, Path]:
     """Write the sample as two fMoW-Sentinel trees: every tile of the scene unlabelled, and the labelled tiles.
 
     Args:
-        folder: receives ``unlabelled`` and ``labelled``; trees that are there already are kept.
+        folder: receives ``unlabelled`` and ``labelled``.
 
     Returns:
         The two roots.
     """
     roots = folder / "unlabelled", folder / "labelled"
     for root, labelled in zip(roots, (False, True), strict=True):
-        if not (root / "train.csv").exists():
-            write_fmow_tree(root, TILE, labelled)
+        write_fmow_tree(root, TILE, labelled)
     return roots
 
 

@@ -52,12 +52,13 @@ class RunExport:
         if task.is_explora:
             save_adapter(self.folder.adapter, task.model.encoder, task.config, task.spec.source)
         rows = read_metrics(self.folder.metrics_file)
-        self.folder.update_run_json(step=step, metrics=rows[-1] if rows else {})
+        # Not every row has every column: the last value of each.
+        self.folder.update_run_json(step=step, metrics={name: value for row in rows for name, value in row.items()})
         plot_loss(self.folder.metrics_file, self.folder.loss_plot)
         self._plot_reconstruction(task)
 
     def _plot_reconstruction(self, task: ExPLoRAPretrain) -> None:
-        dataset = self.datamodule.eval_dataset("val" if self.datamodule.has_split("val") else "train")
+        dataset = self.datamodule.eval_dataset("train")
         chosen = torch.linspace(0, len(dataset) - 1, min(SHOWN, len(dataset))).long().tolist()
         images = torch.stack([dataset[index]["image"] for index in chosen]).to(task.device)
         masked, rebuilt = reconstruct(task, images)

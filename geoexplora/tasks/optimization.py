@@ -20,6 +20,7 @@ def parameter_groups(
     lr: float,
     slow_scale: float,
     weight_decay: float,
+    decoder_loaded: bool = True,
 ) -> list[dict[str, Any]]:
     """Sort the trainable parameters into AdamW's groups.
 
@@ -33,6 +34,7 @@ def parameter_groups(
         lr: learning rate of what starts anew.
         slow_scale: relative learning rate of whole blocks and norms.
         weight_decay: of matrices and kernels.
+        decoder_loaded: whether the decoder's norms go on from the source too.
 
     Returns:
         Groups with ``params``, ``lr``, ``weight_decay`` and ``name``; empty ones are left out.
@@ -46,7 +48,7 @@ def parameter_groups(
             if module is encoder:
                 slow = part_of(name, encoder_norms, whole_blocks) in _SLOW_PARTS
             else:
-                slow = name in decoder_norms
+                slow = decoder_loaded and name in decoder_norms
             decays = parameter.ndim > 1 and not name.endswith(("_token", "pos_embed", "channel_embed"))
             groups.setdefault((slow, decays), []).append(parameter)
     return [

@@ -24,8 +24,9 @@ PATIENCE = 20.0
 
 
 def process_rank() -> int:
-    """Number of this process among those that Lightning started."""
-    return int(getattr(rank_zero_only, "rank", 0))
+    """0 for the first of all processes of the training; before they have met, others may share a number."""
+    rank = int(getattr(rank_zero_only, "rank", 0))
+    return rank or int(os.environ.get("NODE_RANK", "0"))
 
 
 def useful_workers(wanted: int) -> int:

@@ -39,7 +39,7 @@ from geoexplora.weights.spec import EncoderSpec
 
 Mode = Literal["explora", "full", "scratch"]
 
-SOURCE_KEY = "geoexplora_source"
+SOURCE_KEY, DATA_KEY = "geoexplora_source", "geoexplora_data"
 """Where a checkpoint keeps what was found in ``init``: a resumed run does not read that file again."""
 
 
@@ -127,6 +127,7 @@ class ExPLoRAPretrain(BaseTask):
         source_state: dict[str, Any] | None = None,
     ) -> None:
         self.source_state = source_state
+        self.data_state: dict[str, Any] | None = None
         super().__init__()
 
     def configure_models(self) -> None:
@@ -241,15 +242,22 @@ class ExPLoRAPretrain(BaseTask):
             group["lr"] = peak * factor(schedule.last_epoch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what was found in ``init``."""
+        """Keep what was found in ``init``, and which data the training goes through."""
         checkpoint[SOURCE_KEY] = self.source_state
+        checkpoint[DATA_KEY] = self.data_state
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with a learning rate for each kind of part, cosine with warm-up by step (He et al. 2022)."""
         h = self.hparams
         scale = h["whole_blocks_lr_scale"] if self.is_explora else 1.0
         groups = parameter_groups(
-            self.model.encoder, self.model.decoder, self.trained_whole, h["lr"], scale, h["weight_decay"]
+            self.model.encoder,
+            self.model.decoder,
+            self.trained_whole,
+            h["lr"],
+            scale,
+            h["weight_decay"],
+            bool(self.source_state and self.source_state["decoder_loaded"]),
         )
         optimizer = AdamW(groups, lr=h["lr"], betas=(0.9, 0.95))
         total = h["total_steps"] or int(self.trainer.estimated_stepping_batches)

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import warnings
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from geoexplora.datamodules.tiles import TilesDataModule
-from geoexplora.errors import ConfigError
+from geoexplora.errors import ConfigError, DataError
 from geoexplora.explora import format_table, table_to_json
 from geoexplora.registry import DATASETS, load, look_up
 from geoexplora.runs.checkpoint import RunCheckpoint, find_checkpoint
 from geoexplora.runs.folder import RunFolder
 from geoexplora.runs.metrics import Metrics
 from geoexplora.runs.progress import progress_callback
-from geoexplora.tasks.callbacks import KNNProbe, MetricsWriter, check_finite
+from geoexplora.tasks.callbacks import KNNProbe, MetricsWriter, StepClock, check_finite
 from geoexplora.tasks.exports import RunExport
 from geoexplora.tasks.parallel import SharedFailure, fit, process_rank, useful_workers
-from geoexplora.tasks.pretrain_task import SOURCE_KEY, ExPLoRAPretrain
+from geoexplora.tasks.pretrain_task import DATA_KEY, SOURCE_KEY, ExPLoRAPretrain
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +102,8 @@ def pretrain(options: Any) -> dict[str, Any]:
         images = len(datamodule.source("train"))
         schedule = Schedule.of(options, images)
         task = build_task(options, datamodule, schedule, saved.get(SOURCE_KEY))
+        task.data_state = data_record(datamodule)
+        refuse_other_data(saved.get(DATA_KEY), task.data_state)
         metrics, failure = Metrics(folder.metrics_file), SharedFailure(folder.path)
         trainer = _trainer(options, schedule, folder, metrics, datamodule, task, failure)
         if leads:
@@ -143,6 +148,39 @@ def open_data(options: Any) -> TilesDataModule:
         **({} if options.bands is None else {"bands": options.bands}),
     )
     return datamodule
+
+
+def data_record(datamodule: TilesDataModule) -> dict[str, Any]:
+    """What must be the same when a run is resumed: the training rows in their order, and the normalization.
+
+    Returns:
+        Plain types: ``images``, ``rows`` (a digest) and ``normalization``.
+    """
+    source = datamodule.source("train")
+    rows = hashlib.sha256()
+    for name in ("labels", "location_ids", "image_ids"):
+        rows.update(np.ascontiguousarray(getattr(source, name, [])).tobytes())
+    return {
+        "images": len(source),
+        "rows": rows.hexdigest(),
+        "normalization": datamodule.normalization.to_dict(),
+    }
+
+
+def refuse_other_data(before: dict[str, Any] | None, now: dict[str, Any]) -> None:
+    """Refuse to go on with a run on other data than it was started with: order and learning rate would shift.
+
+    Raises:
+        DataError: if the rows or the normalization differ.
+    """
+    if before is None or before == now:
+        return
+    if (before["images"], before["rows"]) != (now["images"], now["rows"]):
+        count = f"{before['images']} images then, {now['images']} now"
+        what = f"the training data have changed since this run was started: {count}"
+    else:
+        what = "the statistics of the training tiles have changed since this run was started"
+    raise DataError(what, "Restore the data, or start a new run from this one's weights: --init RUN --output NEW.")
 
 
 def build_task(
@@ -223,20 +261,27 @@ def _trainer(
     task: ExPLoRAPretrain,
     failure: SharedFailure,
 ) -> Trainer:
+    clock = StepClock()
     callbacks: list[Callback] = [
         failure,
-        MetricsWriter(metrics, options.log_every, schedule.images_per_step),
+        MetricsWriter(metrics, options.log_every, schedule.images_per_step, clock),
         progress_callback("pre-training"),
     ]
     if options.probe_every and _has_labels(datamodule):
-        callbacks.append(KNNProbe(metrics, datamodule, options.probe_every))
+        callbacks.append(KNNProbe(metrics, datamodule, options.probe_every, clock))
+
+    export = RunExport(folder, datamodule)
 
     def before_save() -> None:
+        clock.pause()
         check_finite(task.model)
         metrics.sync()
 
-    export = RunExport(folder, datamodule)
-    callbacks.append(RunCheckpoint(folder, options.checkpoint_every, before_save=before_save, on_saved=export))
+    def on_saved(trainer: Trainer, saved: LightningModule) -> None:
+        export(trainer, saved)
+        clock.go_on()
+
+    callbacks.append(RunCheckpoint(folder, options.checkpoint_every, before_save=before_save, on_saved=on_saved))
     try:
         return Trainer(
             accelerator=options.accelerator,
@@ -256,7 +301,7 @@ def _trainer(
             enable_model_summary=False,
             default_root_dir=folder.path,
         )
-    except (ValueError, RuntimeError) as problem:  # Lightning's MisconfigurationException is one of these
+    except (ValueError, RuntimeError, MisconfigurationException) as problem:
         raise ConfigError(
             f"these devices cannot be used: {problem}", "Check --accelerator, --devices and --strategy."
         ) from problem
@@ -265,7 +310,14 @@ def _trainer(
 def _has_labels(datamodule: TilesDataModule) -> bool:
     if not (datamodule.has_split("train") and datamodule.has_split("val")):
         return False
-    return len(set(datamodule.eval_dataset("train").labels.tolist())) > 1
+    if len(set(datamodule.eval_dataset("train").labels.tolist())) < 2:
+        return False
+    try:
+        datamodule.source("val")
+    except DataError as problem:  # pre-training needs no labels
+        log.warning("no kNN probe: %s", problem)
+        return False
+    return True
 
 
 def _quiet() -> None:

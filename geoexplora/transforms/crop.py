@@ -27,19 +27,23 @@ EVALUATION_RATIO = 0.875
 """Evaluation resizes the short side to size / 0.875 before it takes the centre (the reference's 256 to 224)."""
 
 
-@lru_cache(maxsize=1024)
-def _weights(source: int, target: int, antialias: bool, flip: bool = False) -> Tensor:
+_LARGEST = 2**16
+"""Entries of the largest cached matrix, 256 KiB: with at most 256 of them, a loader worker spends at most 64 MiB."""
+
+
+@lru_cache(maxsize=256)
+def _weights(source: int, target: int, antialias: bool) -> Tensor:
     """Interpolation matrix (target, source) of PyTorch's bicubic along one axis: its answer to the unit vectors."""
     unit = torch.eye(source)[None, None]
-    weights = functional.interpolate(unit, (target, source), mode="bicubic", antialias=antialias)[0, 0]
-    return weights.flip(0) if flip else weights
+    return functional.interpolate(unit, (target, source), mode="bicubic", antialias=antialias)[0, 0]
 
 
 def resize(image: Tensor, size: tuple[int, int], antialias: bool, flip: bool = False) -> Tensor:
     """Bicubic resize, equal to torchvision's up to rounding.
 
     Bicubic interpolation is linear and separable: two products with small, cached matrices. At the size of satellite
-    tiles this takes a third to a half of the general kernel's time (benchmarks/data_loading.py).
+    tiles this takes a third to a half of the general kernel's time (benchmarks/data_loading.py). Images too large for
+    that, such as more than 292 px to 224, go to the general kernel.
 
     Args:
         image: (C, h, w), float32.
@@ -54,7 +58,12 @@ def resize(image: Tensor, size: tuple[int, int], antialias: bool, flip: bool = F
     channels, height, width = image.shape
     if (height, width) == size:
         return image.flip(-1) if flip else image
-    rows, columns = _weights(height, size[0], antialias), _weights(width, size[1], antialias, flip)
+    if max(height * size[0], width * size[1]) > _LARGEST:
+        large = functional.interpolate(image[None], size, mode="bicubic", antialias=antialias)[0]
+        return large.flip(-1) if flip else large
+    rows, columns = _weights(height, size[0], antialias), _weights(width, size[1], antialias)
+    if flip:
+        columns = columns.flip(0)
     across = torch.matmul(image.reshape(-1, width), columns.T).view(channels, height, size[1])
     return torch.matmul(rows, across)
 

@@ -131,8 +131,9 @@ def read_weights(path: str | Path) -> SourceWeights:
 
 def _read_file(path: Path) -> SourceWeights:
     opened = open_file(path)
-    name, read = recognise(opened).read_as(opened)
-    return SourceWeights(path, name, sha256(path), read.spec, read.tensors, read.decoder, read.step)
+    known = recognise(opened)
+    read = known.read(opened)
+    return SourceWeights(path, known.name, sha256(path), read.spec, read.tensors, read.decoder, read.step)
 
 
 @dataclass(frozen=True)
@@ -150,10 +151,6 @@ class Format:
     description: str
     recognises: Callable[[Opened], bool]
     read: Callable[[Opened], Read]
-
-    def read_as(self, opened: Opened) -> tuple[str, Read]:
-        """The format's name and what it reads."""
-        return self.name, self.read(opened)
 
 
 def _read_own(opened: Opened) -> Read:

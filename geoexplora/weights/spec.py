@@ -130,11 +130,15 @@ class EncoderSpec:
     def from_metadata(cls, metadata: Mapping[str, str]) -> EncoderSpec:
         """Read a safetensors header back.
 
+        A header comes from whoever made the file, and timm takes names and arguments that fetch files and unpickle
+        them. So what a header says must be what ``of`` makes of its model, sensor, bands, groups and sizes.
+
         Args:
             metadata: the header's strings.
 
         Raises:
-            WeightsError: if it is not a header of ours, is damaged, or comes from a newer version of this package.
+            WeightsError: if it is not a header of ours, is damaged, contradicts itself, or comes from a newer version
+                of this package.
         """
         if metadata.get("geoexplora") not in {"encoder", "decoder"}:
             raise WeightsError("the file has no description of an encoder", "Name an encoder.safetensors or a run.")
@@ -157,11 +161,30 @@ class EncoderSpec:
                 problems.append(f"{entry.name} (missing)")
         if problems:
             raise WeightsError(f"the file's header is damaged: {', '.join(problems)}", "Take another copy of the file.")
-        return cls(**values)
+        return cls(**values)._checked()
+
+    def _checked(self) -> EncoderSpec:
+        """This description, if it is the one that ``of`` makes.
+
+        Raises:
+            WeightsError: if it is not.
+        """
+        given = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in _DERIVED}
+        remedy = "Take a file written by geoexplora; one by a newer version needs: pip install --upgrade geoexplora."
+        try:
+            expected = EncoderSpec.of(**given)
+        except ConfigError as problem:
+            raise WeightsError(f"the file's header describes no encoder known here: {problem}", remedy) from problem
+        differing = [entry.name for entry in fields(self) if getattr(self, entry.name) != getattr(expected, entry.name)]
+        if differing:
+            told = "; ".join(f"{name} is {getattr(self, name)}, not {getattr(expected, name)}" for name in differing)
+            raise WeightsError(f"the file's header contradicts itself: {told}", remedy)
+        return self
 
 
 _TEXT = ("model", "timm_name", "sensor", "units", "band_init", "pool")
 _NUMBERS = ("width", "depth", "heads", "image_size", "patch_size")
+_DERIVED = ("timm_name", "timm_args", "width", "depth", "heads", "units")
 _OPTIONAL = ("antialias", "source", "band_init", "pool")
 
 

@@ -205,3 +205,16 @@ def test_reader_that_has_seen_enough():
     assert done.stdout.startswith("usage:")
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr
+
+
+def test_image_of_one_token_is_refused(run):
+    outcome = run(*FULL, "--image-size", "16", "--patch-size", "16", "--groups", "none")
+    assert outcome.status == 2
+    assert "an image has 1 token to mask" in outcome.err
+
+
+def test_epochs_replace_the_steps_of_a_recipe(run):
+    words = (*FULL, "--config", "pretrain/fmow-sentinel-cpu")
+    assert run(*words).options.max_steps == 500
+    assert run(*words, "--epochs", "3").options.max_steps is None
+    assert run(*words, "--epochs", "3", "--max-steps", "7").options.max_steps == 7

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import rasterio
+import tifffile
 import torch
 
+from geoexplora.bands import SENTINEL2
 from geoexplora.datasets.fmow_sentinel import FMoWSentinel
 from geoexplora.errors import DataError
 
 
-def overwrite(path: Path, image: np.ndarray[Any, Any]) -> None:
+def overwrite(path: Path, image: np.ndarray[Any, Any], **more: Any) -> None:
     count, height, width = image.shape
-    options = {"driver": "GTiff", "count": count, "height": height, "width": width, "dtype": image.dtype}
+    options = {"driver": "GTiff", "count": count, "height": height, "width": width, "dtype": image.dtype} | more
     with rasterio.open(path, "w", **options) as file:
         file.write(image)
 
@@ -135,12 +138,35 @@ def damage_nan(path: Path) -> None:
     overwrite(path, np.full((13, 16, 16), np.nan, np.float32))
 
 
+def damage_tagged_float(path: Path) -> None:
+    overwrite(path, np.full((13, 16, 16), -9999, np.float32), nodata=-9999)
+
+
+def damage_tagged_integer(path: Path) -> None:
+    overwrite(path, np.full((13, 16, 16), 65535, np.uint16), nodata=65535, interleave="band")
+
+
+def damage_tagged_bigtiff(path: Path) -> None:
+    overwrite(path, np.full((13, 16, 16), 7, np.uint16), nodata=7, BIGTIFF="YES")
+
+
 def damage_remove(path: Path) -> None:
     path.unlink()
 
 
 @pytest.mark.parametrize(
-    "damage", [damage_truncate, damage_empty, damage_other_format, damage_nodata, damage_nan, damage_remove]
+    "damage",
+    [
+        damage_truncate,
+        damage_empty,
+        damage_other_format,
+        damage_nodata,
+        damage_nan,
+        damage_tagged_float,
+        damage_tagged_integer,
+        damage_tagged_bigtiff,
+        damage_remove,
+    ],
 )
 def test_the_next_readable_tile_stands_in(own_tree: Path, damage: Any, caplog: pytest.LogCaptureFixture) -> None:
     dataset = FMoWSentinel(own_tree)
@@ -200,13 +226,84 @@ def test_wrong_number_of_bands(own_tree: Path, count: int) -> None:
         dataset[2]
 
 
-def test_isolated_nan_pixels_hold_the_bands_mean(own_tree: Path) -> None:
+@pytest.mark.parametrize("interleave", ["pixel", "band"])
+@pytest.mark.parametrize(
+    ("count", "height", "width"), [(3, 13, 16), (3, 16, 13), (16, 13, 13), (13, 13, 16), (13, 16, 13), (13, 13, 13)]
+)
+def test_bands_are_not_told_from_sizes(own_tree: Path, count: int, height: int, width: int, interleave: str) -> None:
+    dataset = FMoWSentinel(own_tree, bands=SENTINEL2.band_names)
+    image = np.arange(1, count * height * width + 1, dtype=np.uint16).reshape(count, height, width)
+    overwrite(dataset.path(0), image, interleave=interleave)
+    if count == 13:
+        np.testing.assert_array_equal(dataset[0]["image"].numpy(), image)
+    else:
+        with pytest.raises(DataError, match=f"has {count} bands, not 13"):
+            dataset[0]
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 5), (5, 1), (1, 1)])
+@pytest.mark.parametrize(
+    "options", [{"ENDIANNESS": "BIG"}, {"interleave": "band"}, {"BIGTIFF": "YES"}, {"tiled": True}]
+)
+def test_layouts(own_tree: Path, height: int, width: int, options: dict[str, Any]) -> None:
+    dataset = FMoWSentinel(own_tree, bands=SENTINEL2.band_names)
+    image = np.arange(1, 13 * height * width + 1, dtype=np.uint16).reshape(13, height, width)
+    overwrite(dataset.path(0), image, nodata=9, **options)
+    read = dataset[0]["image"].numpy()
+    assert (read == image).sum() == image.size - 1
+    assert (read[image == 9] != 9).all()
+
+
+@pytest.mark.parametrize("damage", [damage_truncate, damage_empty, damage_nodata, damage_remove])
+def test_the_warning_tells_the_reason(own_tree: Path, damage: Any, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = FMoWSentinel(own_tree, max_unreadable=0)
+    damage(dataset.path(0))
+    damage(dataset.path(2))
+    with caplog.at_level(logging.WARNING):
+        dataset[0]
+    reasons = {damage_nodata: "it holds nothing but nodata or NaN", damage_remove: "No such file or directory"}
+    told = re.search(rf"{re.escape(str(dataset.path(0)))} cannot be used \((.+)\); the next", caplog.text)
+    assert told is not None
+    assert reasons.get(damage, "") in told[1]
+    with pytest.raises(DataError, match=rf"{re.escape(str(dataset.path(2)))} \(.+\)"):
+        dataset[2]
+
+
+def test_missing_pixels_hold_the_bands_mean(own_tree: Path) -> None:
     dataset = FMoWSentinel(own_tree)
     image = np.full((13, 16, 16), 7, np.float32)
     image[1, 2, 3] = np.nan
-    image[11, 4, 5] = np.inf
+    image[2, 0, 0], image[2, 0, 1], image[2, 1, 1] = np.nan, 7 + 254, -np.inf
+    image[11] = np.nan
     overwrite(dataset.path(0), image)
     read = dataset[0]["image"]
-    assert read[0, 2, 3] == pytest.approx(1184.3824625)
-    assert read[8, 4, 5] == pytest.approx(1732.16362238)
-    assert (read == 7).sum() == read.numel() - 2
+    assert read[0, 2, 3] == 7
+    assert read[1, 0, 0] == read[1, 1, 1] == 8  # 254 pixels with a sum of 254 * 8
+    assert (read[8] == torch.tensor(1732.16362238)).all()  # B11 has no pixel of its own: the published mean
+    assert (read[[2, 3, 4, 5, 6, 7, 9]] == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"), [("float32", -9999), ("float32", -3.4e38), ("int16", -1), ("uint16", 65535)]
+)
+def test_nodata_pixels_are_missing(own_tree: Path, kind: str, value: float) -> None:
+    dataset = FMoWSentinel(own_tree)
+    image = np.full((13, 16, 16), 7, kind)
+    image[:, :8] = value
+    overwrite(dataset.path(0), image, nodata=value)
+    sample = dataset[0]
+    assert sample["unreadable"] == -1
+    assert (sample["image"] == 7).all()
+    overwrite(dataset.path(0), image)  # without the tag it is a value like others
+    assert (dataset[0]["image"][:, :8] == torch.tensor(value, dtype=torch.float32)).all()
+
+
+@pytest.mark.parametrize("value", [-9999, 0.5, float("nan")])
+def test_a_tag_that_the_type_cannot_hold(own_tree: Path, value: float) -> None:
+    dataset = FMoWSentinel(own_tree, bands=SENTINEL2.band_names)
+    image = np.random.default_rng(0).integers(0, 9999, (13, 16, 16), dtype=np.uint16)
+    with tifffile.TiffWriter(dataset.path(0)) as file:
+        file.write(
+            image, planarconfig="separate", photometric="minisblack", extratags=[(42113, 2, 0, str(value), True)]
+        )
+    np.testing.assert_array_equal(dataset[0]["image"].numpy(), image)

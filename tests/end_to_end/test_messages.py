@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 
 EXPECTED = (
-    r"Not the official categories: the 5 found in the csv files are the classes\.",
+    r"the csv files have 5 categories of their own, .*",
     r"encoder from .*encoder\.safetensors \(geoexplora\): \d+ tensors matched",
     r"decoder from the same source: \d+ tensors matched",
-    r"(converted|resampled|kept) [\w.]+: .*",
+    r" *(converted|resampled|kept) .*: .*",
     r"what is trained:",
     r"part +trainable +frozen",
     r"[\w ]+ +[\d,]+ +[\d,]+",
@@ -35,11 +35,8 @@ def test_pretrain_and_probe_and_resume(console, command, photo_run, tmp_path, fm
     data = ("--dataset", "fmow-sentinel", "--root", fmow_tree, "--accelerator", "cpu", "--num-workers", "0")
     got = console("probe", "--init", run, *data)
     assert got.returncode == 0, got.stderr
-    assert got.stderr.splitlines() == [
-        "Not the official categories: the 5 found in the csv files are the classes.",
-        "features of 53 images of train",
-        "features of 15 images of val",
-    ]
+    assert got.stderr.splitlines()[1:] == ["features of 53 images of train", "features of 15 images of val"]
+    assert got.stderr.startswith("the csv files have 5 categories of their own")
     assert [line.split()[0] for line in got.stdout.splitlines()] == ["knn", "linear"]
 
 

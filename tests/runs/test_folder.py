@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from geoexplora.errors import RunError
-from geoexplora.runs.folder import RunFolder
+from geoexplora.runs.folder import RunFolder, _environment
 
 
 @pytest.fixture
@@ -192,3 +192,16 @@ def test_run_json(folder: RunFolder) -> None:
     folder.run_file.write_text("{")
     with pytest.raises(RunError, match=r"cannot read .*run.json"):
         folder.update_run_json(a=1)
+
+
+def test_the_environment_is_looked_up_once(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("geoexplora.runs.folder._commit", lambda: asked.append(1))
+    _environment.cache_clear()
+    try:
+        for step in range(3):
+            folder.update_run_json(step=step)
+    finally:
+        _environment.cache_clear()
+    assert len(asked) == 1
+    assert folder.read_run_json()["environment"]["commit"] is None

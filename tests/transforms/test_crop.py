@@ -9,7 +9,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 from torchvision.transforms.transforms import CenterCrop, RandomResizedCrop, Resize
 
-from geoexplora.transforms.crop import EvaluationCrop, TrainCrop, random_box, resize
+from geoexplora.transforms.crop import EvaluationCrop, TrainCrop, _weights, random_box, resize
 
 
 def unchanged(image: torch.Tensor) -> torch.Tensor:
@@ -28,6 +28,21 @@ def test_resize_equals_torchvision(source: tuple[int, int], target: tuple[int, i
     image = torch.rand(3, *source, generator=torch.Generator().manual_seed(1))
     expected = tv.resize(image, list(target), InterpolationMode.BICUBIC, antialias=antialias)
     torch.testing.assert_close(resize(image, target, antialias), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_large_images_leave_the_cache_alone(flip: bool) -> None:
+    image = torch.rand(2, 40, 700, generator=torch.Generator().manual_seed(1))
+    _weights.cache_clear()
+    resized = resize(image, (224, 224), True, flip)
+    assert _weights.cache_info().currsize == 0
+    expected = tv.resize(image, [224, 224], InterpolationMode.BICUBIC, antialias=True)
+    torch.testing.assert_close(resized, expected.flip(-1) if flip else expected, rtol=0, atol=2e-6)
+    for side in range(1, 400):
+        resize(image[:1, :1, :side], (1, 224), False, flip)
+    largest = max(_weights(side, 224, False).nbytes for side in range(200, 293))
+    assert largest <= 2**18
+    assert _weights.cache_info().maxsize * largest <= 64 * 2**20
 
 
 def test_antialiasing_matters() -> None:

@@ -2,16 +2,21 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
 
 import pytest
+import timm
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from geoexplora.bands import FMOW_SENTINEL_BANDS, FMOW_SENTINEL_GROUPS, SENTINEL2
 from geoexplora.errors import ConfigError, WeightsError
 from geoexplora.registry import MODELS
-from geoexplora.weights.load import build_encoder
+from geoexplora.weights.load import build_encoder, load_encoder
 from geoexplora.weights.spec import EncoderSpec
 
 
@@ -148,3 +153,41 @@ def test_all_damage_is_told_at_once(rgb_spec: EncoderSpec) -> None:
 def test_what_timm_cannot_build(rgb_spec: EncoderSpec) -> None:
     with pytest.raises(WeightsError, match="cannot build vit_nonsense"):
         build_encoder(replace(rgb_spec, timm_name="vit_nonsense"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("timm_args", '{"img_size": 64, "pretrained": true}', "contradicts itself: timm_args"),
+        ("timm_args", '{"img_size": 64, "checkpoint_path": "evil.pth"}', "contradicts itself: timm_args"),
+        ("timm_args", '{"pretrained_cfg_overlay": {"url": "http://example.com/x"}}', "contradicts itself: timm_args"),
+        ("timm_name", "hf-hub:someone/something", "timm_name is hf-hub:someone/something, not vit_tiny_patch16_224"),
+        ("timm_name", "vit_tiny_patch16_224.augreg_in21k", "contradicts itself: timm_name"),
+        ("model", "vit_nonsense", "unknown model"),
+        ("model", "vit_tiny", "timm_args is .*; width is 128, not 192"),
+        ("sensor", "landsat", "unknown sensor 'landsat'"),
+        ("bands", '["R", "G", "X"]', "unknown band 'X'"),
+        ("bands", '["red", "green", "blue"]', "contradicts itself: bands"),
+        ("groups", '[["R", "G"]]', "band B stands in no channel group"),
+        ("groups", '[["R", "G", "B"]]', "contradicts itself: timm_name"),
+        ("heads", "8", "heads is 8, not 4"),
+        ("image_size", "65", "image size 65 is not a multiple"),
+        ("image_size", "32", "contradicts itself: timm_args"),
+        ("units", "metres", "contradicts itself: units is metres"),
+    ],
+)
+def test_a_header_that_of_would_not_make(
+    tmp_path: Path, rgb_spec: EncoderSpec, monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+) -> None:
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("built from a forged header"))
+    path = tmp_path / "encoder.safetensors"
+    save_file({"cls_token": torch.zeros(1, 1, 128)}, path, rgb_spec.to_metadata() | {name: value})
+    with pytest.raises(WeightsError, match=message):
+        load_encoder(path)
+
+
+@pytest.mark.parametrize("name", ["encoder", "decoder"])
+def test_the_shipped_headers_are_accepted(name: str) -> None:
+    path = Path(str(files("geoexplora"))) / "sample" / "source" / f"{name}.safetensors"
+    with safe_open(path, framework="pt") as file:
+        assert EncoderSpec.from_metadata(file.metadata()).model in MODELS
