@@ -42,7 +42,7 @@ def _counts(options: DemoOptions) -> Iterator[Finding]:
 def run(options: DemoOptions) -> int:
     """Run the demo."""
     from geoexplora.datasets.sample import source_weights
-    from geoexplora.tasks.demo import Comparison, write_trees
+    from geoexplora.tasks.demo import Comparison, draw_scene, write_trees
 
     output, begin = _free(Path(options.output)), time.monotonic()
     explora, scratch = output / "explora", output / "scratch"
@@ -56,6 +56,7 @@ def run(options: DemoOptions) -> int:
     _say("2. ExPLoRA: the weights of a small MAE on natural photographs go on learning on the unlabelled tiles.")
     _pretrain(adapt)
     comparison.add_run("source + ExPLoRA", explora)
+    draw_scene(adapt, explora, output / "scene.png")
     _say("3. For comparison: the same model from scratch, for as many steps.")
     _pretrain(_settings("scratch", unlabelled, scratch, options))
     comparison.add_run("from scratch", scratch)
@@ -97,8 +98,8 @@ The unlabelled tiles come from the whole scene, those of the left-out area inclu
 One small scene and a small model: read the order of the rows with care; seeds differ by a few hundredths.
 
 Done in {seconds / 60:.1f} minutes. Look, in {output}, at
-  explora/plots/reconstruction.png  what the model reconstructs from a quarter of the tokens
-  explora/plots/loss.png            how its loss fell
+  scene.png                         a part of the scene, what the model sees of it, and what it makes of that
+  explora/plots/                    single tiles likewise, and how the loss fell
   explora/encoder.safetensors       the adapted encoder: geoexplora inspect {output / "explora"}
   table.txt                         the table above
 """

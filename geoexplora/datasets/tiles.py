@@ -159,7 +159,8 @@ def _read_with_gdal(path: Path, count: int) -> tuple[Array, float | None]:
             image: Array | None = file.read() if found == count else None
             nodata: float | None = file.nodata
     except (rasterio.errors.RasterioError, OSError) as error:
-        raise UnusableTileError(str(error.__cause__ or error)) from error
+        reason = str(error.__cause__ or error).removeprefix(f"'{path}' ")  # whoever tells the reason names the file
+        raise UnusableTileError(reason.rstrip(".")) from error
     if image is None:
         raise DataError(
             f"{path} has {found} band{'' if found == 1 else 's'}, not {count}",

@@ -6,15 +6,19 @@ Shapes: N tiles, F features.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from geoexplora.bands import SENTINEL2
 from geoexplora.datamodules.fmow_sentinel import FMoWSentinelDataModule
+from geoexplora.datasets.sample import read_scene
 from geoexplora.datasets.sample_tree import write_fmow_tree
+from geoexplora.runs.plots import plot_reconstruction
 from geoexplora.tasks.classifiers import (
     Floats,
     Folds,
@@ -25,6 +29,7 @@ from geoexplora.tasks.classifiers import (
     linear_classifier,
     score,
 )
+from geoexplora.tasks.exports import reconstruct
 from geoexplora.tasks.features import extract_features
 from geoexplora.tasks.pretraining import Schedule, build_task, open_data
 from geoexplora.transforms.normalization import Normalization
@@ -36,6 +41,8 @@ log = logging.getLogger(__name__)
 SPLITS = ("train", "val", "test_gt")
 NEIGHBOURS, SHOTS, DRAWS = 15, 10, 5
 TILE = 16
+CORNER, SIDE = (400, 200), 12
+"""Where the drawn part of the scene begins (row, column), and its side in tiles."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,31 @@ def write_trees(folder: Path) -> tuple[Path, Path]:
     for root, labelled in zip(roots, (False, True), strict=True):
         write_fmow_tree(root, TILE, labelled)
     return roots
+
+
+def draw_scene(options: Any, run: Path, target: Path) -> None:
+    """Draw a part of the scene, put together from tiles that a run's model reconstructs one by one.
+
+    Args:
+        options: settings of the ``geoexplora pretrain`` that made the run.
+        run: its folder.
+        target: the PNG to write.
+    """
+    options = replace(options, init=str(run), mode="full")
+    data = open_data(options)
+    task = build_task(options, data, Schedule(1, 1, options.batch_size, 0), None)
+    top, left = CORNER
+    bands = list(SENTINEL2.indices(data.bands))
+    scene = read_scene().image[bands, top : top + SIDE * TILE, left : left + SIDE * TILE].astype(np.float32)
+    picture = torch.from_numpy(scene).unsqueeze(0)
+    tiles = picture[0].unflatten(2, (SIDE, TILE)).unflatten(1, (SIDE, TILE)).permute(1, 3, 0, 2, 4).flatten(0, 1)
+    masked, rebuilt = reconstruct(task, data.normalization(tiles))
+
+    def whole(parts: Tensor) -> Tensor:
+        grid = data.normalization.inverse(parts).unflatten(0, (SIDE, SIDE))
+        return grid.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2).unsqueeze(0)
+
+    plot_reconstruction(target, picture, whole(masked), whole(rebuilt), data.bands, data.sensor)
 
 
 class Comparison:

@@ -76,6 +76,7 @@ def test_an_error_of_one_process_ends_all(pretrain, tmp_path, monkeypatch, rank)
     assert not (tmp_path / "r/.failure").exists()
 
 
+@pytest.mark.slow
 def test_the_console_command_starts_its_processes(console, command, photo_run, tmp_path, comparable, pretrain):
     words = ("--init", photo_run, "--max-steps", "2")
     got = console(*command(tmp_path / "r", *words, "--strategy", "ddp", "--devices", "2"))
