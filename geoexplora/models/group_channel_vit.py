@@ -84,7 +84,9 @@ class GroupChannelVisionTransformer(VisionTransformer):
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:
         """Initialize as SatMAE does: Xavier-uniform linears, sin-cos encodings."""
         initialize_linears(self)
-        nn.init.normal_(self.cls_token, std=0.02)
+        for token in (self.cls_token, self.reg_token):
+            if token is not None:
+                nn.init.normal_(token, std=0.02)
         self._init_encodings()
 
     @torch.no_grad()

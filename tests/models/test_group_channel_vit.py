@@ -319,6 +319,7 @@ def test_layer_decay_puts_all_embeddings_into_the_stem() -> None:
 def test_register_tokens(images: Tensor) -> None:
     model = build(reg_tokens=2)
     assert model.num_prefix_tokens == 3
+    assert 0.005 < model.reg_token.std() < 0.05  # timm leaves it as the memory was
     tokens = model._pos_embed(model.patch_embed(images))
     assert tokens.shape == (2, 3 + 48, 32)
     assert tokens[1, 1:3].equal(model.reg_token[0])
