@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import resource
 import statistics
 import subprocess
 import sys
@@ -105,8 +104,12 @@ def count_flops(variant: Variant, model: str, images: Tensor) -> int:
     if variant.mode == "reference":
         variant = Variant("full", variant.precision)
     step = variant.step(variant.build(model), images)
-    with torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter:
-        step()
+    torch._C._set_mkldnn_enabled(False)  # the counter does not know oneDNN's own products
+    try:
+        with FlopCounterMode(display=False) as counter:
+            step()
+    finally:
+        torch._C._set_mkldnn_enabled(True)
     return int(counter.get_total_flops())
 
 
@@ -152,7 +155,7 @@ def peak_memory(variant: Variant, model: str, batch: int) -> float:
 
 def memory_of(mode: str, precision: str, model: str, batch: str) -> None:
     """Print the peak memory of this process, in MiB, above what it took at the start."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident("VmRSS")
     variant = Variant(mode, precision)
     step = variant.step(variant.build(model), torch.rand(int(batch), BANDS, SIZE, SIZE, device=DEVICE))
     step()
@@ -160,7 +163,13 @@ def memory_of(mode: str, precision: str, model: str, batch: str) -> None:
     if DEVICE.type == "cuda":
         print(torch.cuda.max_memory_allocated() / 2**20)
     else:
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10)
+        print(resident("VmHWM") - before)
+
+
+def resident(which: str) -> float:
+    """Memory of this process, now (VmRSS) or at its peak (VmHWM), in MiB; getrusage's peak is a parent's too."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith(which))
 
 
 def measure(model: str, batch: int, rounds: int) -> dict[str, Any]:

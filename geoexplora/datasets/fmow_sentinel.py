@@ -92,9 +92,7 @@ class FMoWSentinel(NonGeoDataset):
         found = {name for path in layout.tables.values() for name in read_table(path).categories}
         self.classes = _classes(found)
         if self.classes != OFFICIAL_CLASSES and self.split == next(iter(layout.tables)):  # once for all splits
-            logger.info(
-                "the csv files have %d categories of their own, not fMoW's 62: these are the classes", len(self.classes)
-            )
+            logger.info("classes: the %d found in the csv files, not fMoW's 62", len(self.classes))
 
         rows = self._rows(table, years, missing)
         codes = np.array([self.classes.index(category) for category in table.categories], dtype=np.int64)

@@ -31,7 +31,8 @@ from geoexplora.tasks.classifiers import (
 )
 from geoexplora.tasks.exports import reconstruct
 from geoexplora.tasks.features import extract_features
-from geoexplora.tasks.pretraining import Schedule, build_task, open_data
+from geoexplora.tasks.pretraining import build_task, open_data
+from geoexplora.tasks.schedule import Schedule
 from geoexplora.transforms.normalization import Normalization
 from geoexplora.weights.load import load_encoder
 from geoexplora.weights.spec import EncoderSpec

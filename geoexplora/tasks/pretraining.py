@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,54 +24,9 @@ from geoexplora.tasks.callbacks import KNNProbe, MetricsWriter, StepClock, check
 from geoexplora.tasks.exports import RunExport
 from geoexplora.tasks.parallel import SharedFailure, fit, process_rank, useful_workers
 from geoexplora.tasks.pretrain_task import DATA_KEY, SOURCE_KEY, ExPLoRAPretrain
+from geoexplora.tasks.schedule import Schedule
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How long a pre-training takes.
-
-    Attributes:
-        steps: optimizer steps.
-        accumulate: batches on each device in a step.
-        images_per_step: effective batch size.
-        warmup_steps: steps with a rising learning rate.
-    """
-
-    steps: int
-    accumulate: int
-    images_per_step: int
-    warmup_steps: int
-
-    @classmethod
-    def of(cls, options: Any, images: int) -> Schedule:
-        """The schedule that the options ask for.
-
-        An effective batch larger than the dataset is lowered to it, with a warning.
-
-        Args:
-            options: batch sizes, devices, epochs or steps.
-            images: number of training images.
-        """
-        parallel = options.batch_size * options.devices * options.num_nodes
-        wanted = options.effective_batch_size or parallel
-        accumulate = max(1, min(wanted, images) // parallel)
-        images_per_step = accumulate * parallel
-        if images_per_step < wanted:
-            log.warning(
-                "the effective batch size is lowered from %d to %d: there are only %d training images",
-                wanted,
-                images_per_step,
-                images,
-            )
-        steps = options.max_steps or max(1, math.ceil((options.epochs or 0) * images / images_per_step))
-        warmup = options.warmup_steps
-        if warmup is None:
-            warmup = round(options.warmup_epochs * images / images_per_step)
-        if warmup >= steps:
-            log.info("the warm-up of %d steps is cut to %d: there are only %d steps", warmup, steps - 1, steps)
-        return cls(steps, accumulate, images_per_step, min(warmup, steps - 1))
 
 
 def pretrain(options: Any) -> dict[str, Any]:

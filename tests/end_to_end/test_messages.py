@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 EXPECTED = (
-    r"the csv files have 5 categories of their own, .*",
+    r"classes: the 5 found in the csv files, not fMoW's 62",
     r"encoder from .*encoder\.safetensors \(geoexplora\): \d+ tensors matched",
     r"decoder from the same source: \d+ tensors matched",
     r" *(converted|resampled|kept) .*: .*",
@@ -36,7 +36,7 @@ def test_pretrain_and_probe_and_resume(console, command, photo_run, tmp_path, fm
     got = console("probe", "--init", run, *data)
     assert got.returncode == 0, got.stderr
     assert got.stderr.splitlines()[1:] == ["features of 53 images of train", "features of 15 images of val"]
-    assert got.stderr.startswith("the csv files have 5 categories of their own")
+    assert got.stderr.startswith("classes: the 5 found in the csv files")
     assert [line.split()[0] for line in got.stdout.splitlines()] == ["knn", "linear"]
 
 

@@ -10,7 +10,7 @@ import torch
 from geoexplora.bands import FMOW_SENTINEL_BANDS, FMOW_SENTINEL_GROUPS
 from geoexplora.tasks.optimization import parameter_groups, warmup_cosine
 from geoexplora.tasks.pretrain_task import ExPLoRAPretrain
-from geoexplora.tasks.pretraining import Schedule
+from geoexplora.tasks.schedule import Schedule
 
 
 def task(**settings):

@@ -1,0 +1,56 @@
+"""How long a pre-training takes, in optimizer steps."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long a pre-training takes.
+
+    Attributes:
+        steps: optimizer steps.
+        accumulate: batches on each device in a step.
+        images_per_step: effective batch size.
+        warmup_steps: steps with a rising learning rate.
+    """
+
+    steps: int
+    accumulate: int
+    images_per_step: int
+    warmup_steps: int
+
+    @classmethod
+    def of(cls, options: Any, images: int) -> Schedule:
+        """The schedule that the options ask for.
+
+        An effective batch larger than the dataset is lowered to it, with a warning.
+
+        Args:
+            options: batch sizes, devices, epochs or steps.
+            images: number of training images.
+        """
+        parallel = options.batch_size * options.devices * options.num_nodes
+        wanted = options.effective_batch_size or parallel
+        accumulate = max(1, min(wanted, images) // parallel)
+        images_per_step = accumulate * parallel
+        if images_per_step < wanted:
+            log.warning(
+                "the effective batch size is lowered from %d to %d: there are only %d training images",
+                wanted,
+                images_per_step,
+                images,
+            )
+        steps = options.max_steps or max(1, math.ceil((options.epochs or 0) * images / images_per_step))
+        warmup = options.warmup_steps
+        if warmup is None:
+            warmup = round(options.warmup_epochs * images / images_per_step)
+        if warmup >= steps:
+            log.info("the warm-up of %d steps is cut to %d: there are only %d steps", warmup, steps - 1, steps)
+        return cls(steps, accumulate, images_per_step, min(warmup, steps - 1))
