@@ -78,7 +78,8 @@ def mae_loss(
     if norm_pix:
         target, _, _ = normalize_patches(target)
     sizes = torch.tensor(group_sizes, device=removed.device)
-    weight = (removed / sizes[:, None]).repeat_interleave(sizes, dim=1)  # B C L, in group order
+    weight = removed / sizes[:, None]
+    weight = weight.repeat_interleave(sizes, dim=1, output_size=sum(group_sizes))  # B C L, in group order
     order = torch.tensor(channel_order, device=removed.device)
     if pairing == "own":
         target = target[:, order]
