@@ -94,7 +94,7 @@ leaving one of eight areas out in turn:
 {table}
 
 The unlabelled tiles come from the whole scene, those of the left-out area included, without labels.
-One small scene and a small model: read the order of the rows with care; seeds differ by a few hundredths.
+One small scene, a small model and one seed: read the order of the rows with care (--seed shows another one).
 
 It took {seconds / 60:.1f} minutes. Look, in {output}, at
   scene.png                         a part of the scene, what the model sees of it, and what it makes of that
