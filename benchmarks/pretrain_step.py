@@ -1,6 +1,6 @@
 """How fast is a pre-training step of ExPLoRA against full training, and how far from the floor?
 
-    python benchmarks/pretrain_step.py --json benchmarks/results/pretrain_step.json
+    python benchmarks/pretrain_step.py --models vit_base --json benchmarks/results/pretrain_step_vit_base.json
 
 Masked-autoencoder steps (forward, backward, AdamW) in fMoW-Sentinel geometry: 10 bands in 3 groups, 96 px, patch 8,
 mask 0.75, decoder 512 wide and 8 deep. Variants run in turn within each round of one process, so that a change of the
