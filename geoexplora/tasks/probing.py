@@ -53,6 +53,7 @@ def probe(options: Any) -> dict[str, Scores]:
     Raises:
         GeoExploraError: if weights and data do not fit each other or cannot be read.
     """
+    encoder: Any
     encoder, spec = load_encoder(options.init)
     if options.image_size not in {None, spec.image_size}:
         if options.image_size % spec.patch_size:
@@ -60,7 +61,7 @@ def probe(options: Any) -> dict[str, Scores]:
                 f"--image-size {options.image_size} is not a multiple of the encoder's patch size {spec.patch_size}",
                 f"It was trained at {spec.image_size} pixels.",
             )
-        encoder.set_input_size(img_size=(options.image_size, options.image_size))  # type: ignore[operator]
+        encoder.set_input_size(img_size=(options.image_size, options.image_size))
         spec = replace(spec, image_size=options.image_size)
     if options.bands is not None and tuple(SENSORS[spec.sensor].select(options.bands)) != spec.bands:
         raise ConfigError(
