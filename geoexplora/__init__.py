@@ -1,18 +1,26 @@
 """GeoExPLoRA: parameter-efficient extended pre-training of vision transformers for satellite imagery.
 
-Names are imported on first use, so that importing the package, and starting its command line, imports no torch.
+Names are imported on first use, so that importing the package, and starting its command line, imports no torch. Its
+models are known to timm from then on, whichever of the two is imported first.
 """
 
 from __future__ import annotations
 
 import importlib
+import sys
+from importlib.abc import MetaPathFinder
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
     from geoexplora.datamodules import FMoWSentinelDataModule, PhotographsDataModule
     from geoexplora.datasets import FMoWSentinel, Photographs
     from geoexplora.explora import ExploraConfig, apply_explora, load_adapter, merge_lora, save_adapter
     from geoexplora.models import GroupChannelVisionTransformer, MaskedAutoencoder
+    from geoexplora.tasks.exporting import export_encoder
     from geoexplora.transforms import Normalization
     from geoexplora.weights.load import build_encoder, load_encoder
     from geoexplora.weights.spec import EncoderSpec
@@ -24,6 +32,7 @@ _HOMES = {
     "geoexplora.datasets": ("FMoWSentinel", "Photographs"),
     "geoexplora.explora": ("ExploraConfig", "apply_explora", "load_adapter", "merge_lora", "save_adapter"),
     "geoexplora.models": ("GroupChannelVisionTransformer", "MaskedAutoencoder"),
+    "geoexplora.tasks.exporting": ("export_encoder",),
     "geoexplora.transforms": ("Normalization",),
     "geoexplora.weights.load": ("build_encoder", "load_encoder"),
     "geoexplora.weights.spec": ("EncoderSpec",),
@@ -41,6 +50,7 @@ __all__ = [
     "PhotographsDataModule",
     "apply_explora",
     "build_encoder",
+    "export_encoder",
     "load_adapter",
     "load_encoder",
     "merge_lora",
@@ -57,3 +67,30 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+class _AfterTimm(MetaPathFinder):
+    """Has the models registered with timm as soon as timm is imported; importing it for that would import torch."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != "timm":
+            return None
+        found = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, found), None)
+        if spec is not None and spec.loader is not None:
+            execute = spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                importlib.import_module("geoexplora.models")
+
+            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if "timm" in sys.modules:
+    importlib.import_module("geoexplora.models")
+else:
+    sys.meta_path.insert(0, _AfterTimm())

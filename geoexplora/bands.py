@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from geoexplora.errors import ConfigError
 
@@ -163,6 +164,14 @@ class Statistics:
         at = [self.bands.index(name) for name in names]
         return Statistics(tuple(names), tuple(self.mean[i] for i in at), tuple(self.std[i] for i in at))
 
+    def normalization(self, method: str) -> dict[str, Any]:
+        """What ``Normalization.to_dict()`` gives, without importing torch.
+
+        Args:
+            method: name of the method, as ``Normalization`` takes it.
+        """
+        return {"method": method, "bands": list(self.bands), "mean": list(self.mean), "std": list(self.std)}
+
 
 SENTINEL2 = Sensor(
     "sentinel-2",
@@ -192,7 +201,67 @@ RGB = Sensor(
 )
 """Natural photographs and pan-sharpened 8-bit imagery."""
 
-SENSORS = {sensor.name: sensor for sensor in (SENTINEL2, RGB)}
+_LANDSAT_UNITS = "reflectance 0-1 (thermal bands: kelvin)"
+
+LANDSAT_TM = Sensor(
+    "landsat-tm",
+    (
+        Band("B1", "blue", 485, 30),
+        Band("B2", "green", 560, 30),
+        Band("B3", "red", 660, 30),
+        Band("B4", "nir", 830, 30),
+        Band("B5", "swir16", 1650, 30),
+        Band("B6", "lwir", 11450, 120),
+        Band("B7", "swir22", 2215, 30),
+    ),
+    _LANDSAT_UNITS,
+)
+"""Landsat 4 and 5 TM; the Landsat wavelengths are the middles of the band limits that USGS publishes."""
+
+LANDSAT_ETM = Sensor(
+    "landsat-etm",
+    (
+        Band("B1", "blue", 485, 30),
+        Band("B2", "green", 560, 30),
+        Band("B3", "red", 660, 30),
+        Band("B4", "nir", 835, 30),
+        Band("B5", "swir16", 1650, 30),
+        Band("B6_VCID_1", "lwir", 11450, 60),
+        Band("B6_VCID_2", "lwir", 11450, 60),
+        Band("B7", "swir22", 2220, 30),
+        Band("B8", "pan", 710, 15),
+    ),
+    _LANDSAT_UNITS,
+)
+"""Landsat 7 ETM+; its thermal band comes in low and in high gain."""
+
+LANDSAT_OLI = Sensor(
+    "landsat-oli",
+    (
+        Band("B1", "coastal", 440, 30),
+        Band("B2", "blue", 480, 30),
+        Band("B3", "green", 560, 30),
+        Band("B4", "red", 655, 30),
+        Band("B5", "nir08", 865, 30),
+        Band("B6", "swir16", 1610, 30),
+        Band("B7", "swir22", 2200, 30),
+        Band("B8", "pan", 590, 15),
+        Band("B9", "cirrus", 1370, 30),
+        Band("B10", "lwir11", 10895, 100),
+        Band("B11", "lwir12", 12005, 100),
+    ),
+    _LANDSAT_UNITS,
+)
+"""Landsat 8 and 9 OLI, and TIRS for B10 and B11."""
+
+SENTINEL1 = Sensor(
+    "sentinel-1",
+    (Band("VV", "vv", 55_465_763, 10), Band("VH", "vh", 55_465_763, 10)),
+    "backscatter in decibels",
+)
+"""Sentinel-1 GRD at 5.405 GHz; STAC has no common names for radar, the polarizations stand for them."""
+
+SENSORS = {sensor.name: sensor for sensor in (SENTINEL2, RGB, LANDSAT_TM, LANDSAT_ETM, LANDSAT_OLI, SENTINEL1)}
 
 FMOW_SENTINEL_STATISTICS = Statistics(
     SENTINEL2.band_names,
@@ -214,3 +283,8 @@ FMOW_SENTINEL_BANDS = ("B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B11", "
 
 IMAGENET_STATISTICS = Statistics(("R", "G", "B"), (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 """ImageNet's usual statistics, in digital numbers."""
+
+FMOW_RGB_STATISTICS = Statistics(
+    ("R", "G", "B"), (106.641187, 107.477377, 101.777531), (73.37442, 70.231502, 70.482448)
+)
+"""Statistics of fMoW-RGB (SatMAE, arXiv 2207.08051), in digital numbers."""

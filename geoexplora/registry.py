@@ -38,7 +38,69 @@ MODELS: dict[str, Architecture] = {
     "vit_base": Architecture(768, 12, 12, 256, "vit_base_patch16_224"),
     "vit_large": Architecture(1024, 24, 16, 256, "vit_large_patch16_224"),
     "vit_huge": Architecture(1280, 32, 16, 256, "vit_huge_patch14_224"),
+    "vit_giant": Architecture(1536, 40, 24, 256, "vit_giant_patch14_dinov2"),
 }
+
+CUSTOM = "custom"
+"""The model name of a vision transformer whose sizes are none of those in ``MODELS``."""
+
+FROM_SOURCE = "source"
+"""What ``--model`` says to take the model's sizes from the source weights."""
+
+
+def model_name(width: int, depth: int, heads: int) -> str:
+    """The name of the model of these sizes, ``CUSTOM`` if there is none."""
+    sizes = (width, depth, heads)
+    named = (name for name, known in MODELS.items() if (known.width, known.depth, known.heads) == sizes)
+    return next(named, CUSTOM)
+
+
+@dataclass(frozen=True)
+class Style:
+    """What a vision transformer has beside its sizes; the default is the plain one of MAE and SatMAE.
+
+    Attributes:
+        layer_scale: blocks scale their branches (DINOv2).
+        registers: number of register tokens behind the class token; they and the class token carry no position.
+        swiglu: the MLP is gated by SiLU (DINOv2's ViT-g).
+        mlp_width: outputs of the MLP's first layer (with ``swiglu`` gates and values together); ``None`` is usual:
+            4 widths, or with ``swiglu`` two thirds of that, twice.
+        channel_width: how much of a group-channel token's width encodes its group; ``None`` is the model's usual.
+        class_token_encoding: the class token carries a position and channel encoding (SatMAE's fine-tuned encoders).
+        pooled_norm: the final norm comes after the mean of the patch tokens, not before it (timm's ``fc_norm``).
+    """
+
+    layer_scale: bool = False
+    registers: int = 0
+    swiglu: bool = False
+    mlp_width: int | None = None
+    channel_width: int | None = None
+    class_token_encoding: bool = False
+    pooled_norm: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """Only what is not as in a plain ViT, in plain JSON types."""
+        return {name: value for name, value in vars(self).items() if value != getattr(Style, name)}
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Style:
+        """The style that ``to_dict`` stored.
+
+        Raises:
+            ValueError: if an entry is unknown or of another type.
+        """
+        kinds: dict[str, Any] = {
+            name: bool if isinstance(default, bool) else int for name, default in vars(cls()).items()
+        }
+        for name, value in stored.items():
+            if type(value) is not kinds.get(name) or value < 0:
+                raise ValueError(f"{name} = {value!r}")
+        return cls(**stored)
+
+
+def usual_mlp_width(width: int, swiglu: bool) -> int:
+    """Outputs of the first layer of the MLP where nothing else is said."""
+    return 2 * ((width * 8 // 3 + 7) // 8 * 8) if swiglu else 4 * width
 
 
 def resolve_blocks(blocks: Sequence[int | str], depth: int) -> tuple[int, ...]:

@@ -14,7 +14,9 @@ from geoexplora.bands import SENSORS, Sensor, resolve_groups
 from geoexplora.cli.command import Check, Finding
 from geoexplora.cli.processes import is_first_process
 from geoexplora.errors import ConfigError
-from geoexplora.registry import DATASETS, MODELS, Architecture, look_up, resolve_blocks
+from geoexplora.registry import DATASETS, FROM_SOURCE, MODELS, Architecture, look_up, resolve_blocks
+from geoexplora.weights.sources.addresses import exists as path_exists
+from geoexplora.weights.sources.shortcuts import looks_fetchable
 
 
 def _found(problem: ConfigError, *keys: str, option: str = "") -> Finding:
@@ -108,8 +110,12 @@ def model_input(options: Any) -> Iterator[Finding]:
 
 def model(options: Any) -> Iterator[Finding]:
     """The encoder is known."""
+    if options.model == FROM_SOURCE:
+        if options.init is None and not options.resume:
+            yield Finding(("model", "init"), "--model source needs --init. Name the weights, or a model.")
+        return
     try:
-        look_up("model", options.model, MODELS)
+        look_up("model", options.model, dict.fromkeys((*MODELS, FROM_SOURCE)))
     except ConfigError as problem:
         yield _found(problem, "model", option="--model")
 
@@ -160,9 +166,9 @@ def start(options: Any) -> Iterator[Finding]:
 
 
 def exists(options: Any) -> Iterator[Finding]:
-    """The file or folder of ``--init`` is there."""
-    if options.init is not None and not Path(options.init).exists():
-        yield Finding(("init",), f"--init {options.init}: no such file or run folder.")
+    """The file or folder of ``--init`` is there, or it is something that can be fetched."""
+    if options.init is not None and not path_exists(Path(options.init)) and not looks_fetchable(options.init):
+        yield Finding(("init",), f"--init {options.init}: no such file or run folder, and no known name of weights.")
 
 
 def whole_blocks(options: Any) -> Iterator[Finding]:
@@ -283,7 +289,7 @@ SOURCE_CHECKS: dict[Check, tuple[str, ...]] = {
 PRETRAIN_CHECKS: dict[Check, tuple[str, ...]] = SOURCE_CHECKS | {
     groups: ("dataset", "bands", "groups"),
     model_input: ("image_size", "patch_size", "crop_scale"),
-    model: ("model",),
+    model: ("model", "init", "resume"),
     decoder: ("decoder_width", "decoder_depth", "decoder_heads", "groups"),
     start: ("mode", "init", "resume"),
     whole_blocks: ("mode", "model", "whole_blocks"),

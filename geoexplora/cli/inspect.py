@@ -6,12 +6,12 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from geoexplora.cli import checks
 from geoexplora.cli.command import Command, Finding
 from geoexplora.cli.options import Options
-from geoexplora.cli.values import path, setting
+from geoexplora.cli.values import setting, source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,33 +19,48 @@ class InspectOptions(Options):
     """What to show.
 
     Attributes:
-        path: weights file or run folder.
+        init: weights of any known format, a run folder, or an adapter.
         tensors: list every tensor with its shape and type.
         json: print JSON, for other programs.
     """
 
-    path: str | None = setting(None, "FILE|RUN", path, positional=True)
+    init: str | None = setting(None, "FILE|RUN", source, positional=True)
     tensors: bool = False
     json: bool = False
 
 
-def _file(options: InspectOptions) -> Iterator[Finding]:
-    if options.path is None:
-        yield Finding(("path",), "nothing to inspect. Name a weights file or a run folder.", "unready")
-    elif not Path(options.path).exists():
-        yield Finding(("path",), f"{options.path}: no such file or folder.")
+def _named(options: InspectOptions) -> Iterator[Finding]:
+    if options.init is None:
+        yield Finding(("init",), "nothing to inspect. Name a weights file or a run folder.", "unready")
+    else:
+        yield from checks.exists(options)
 
 
 def run(options: InspectOptions) -> int:
     """Describe a weights file or a run."""
-    from geoexplora.weights.inspect import describe
+    from geoexplora.tasks.inspecting import describe
 
-    description = describe(str(options.path), tensors=options.tensors)
+    description = describe(str(options.init), tensors=options.tensors)
     if options.json:
         sys.stdout.write(json.dumps(description, indent=2) + "\n")
     else:
-        sys.stdout.write("\n".join(_lines(description)) + "\n")
+        sys.stdout.write("\n".join(_lines(_readable(description))) + "\n")
     return 0
+
+
+def _readable(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """What there is to say, and of tensors that had the same fate only the first and how many more."""
+    from geoexplora.weights.report import grouped
+
+    kept = {}
+    for name, value in entries.items():
+        if name in {"converted", "left_out", "kept", "resampled"} and isinstance(value, Mapping):
+            value = grouped(value)
+        elif isinstance(value, Mapping) and not _is_tensor(value):
+            value = _readable(value)
+        if value is not None and value not in ("", [], {}):
+            kept[name] = value
+    return kept
 
 
 def _lines(entries: Mapping[str, Any], indent: int = 0) -> Iterator[str]:
@@ -72,8 +87,6 @@ def _is_tensor(value: Mapping[str, Any]) -> bool:
 
 
 def _text(value: Any) -> str:
-    if value is None or (isinstance(value, list | Mapping) and not value):
-        return "-"
     if isinstance(value, Mapping):
         return f"{value['dtype']}  {' x '.join(map(str, value['shape']))}"
     if isinstance(value, bool):
@@ -90,10 +103,18 @@ def _text(value: Any) -> str:
 
 COMMAND = Command(
     name="inspect",
-    description="Say what a weights file or a run folder holds: architecture, bands, normalization, source, sizes.",
+    description=(
+        "Say what a weights file, a run folder or an adapter holds: format, architecture, bands, normalization,\n"
+        "source, what was trained, sizes."
+    ),
     usage="FILE|RUN [--tensors] [--json]",
     options=InspectOptions,
     run=run,
-    checks={_file: ("path",)},
-    examples=("inspect runs/a", "inspect mae_pretrain_vit_large.pth --tensors"),
+    checks={_named: ("init",)},
+    examples=(
+        "inspect runs/a",
+        "inspect mae_pretrain_vit_large.pth --tensors",
+        "inspect runs/a/adapter --json",
+        "inspect dinov2-vitl14",
+    ),
 )

@@ -66,6 +66,7 @@ def read_arguments(command: Command, argv: Sequence[str]) -> Arguments:
     named = [name for name, spec in fields.items() if not spec.metadata.get("positional")]
     switches = {name for name in named if fields[name].type in {"bool", bool}}
     positional = [name for name in fields if name not in named]
+    by_name = {*named, *positional}  # what may stand without a name may also be named
     arguments = Arguments()
     settings, problems = arguments.layer.settings, arguments.layer.problems
     words = list(argv)
@@ -95,7 +96,7 @@ def read_arguments(command: Command, argv: Sequence[str]) -> Arguments:
             settings[name] = Setting(words.pop(0) if says_so else "true", option(name))
         elif name.startswith("no_") and name[3:] in switches and not equals:
             settings[name[3:]] = Setting("false", head)
-        elif name not in named and not (name == "config" and command.configurable):
+        elif name not in by_name and not (name == "config" and command.configurable):
             known = [option(one) for one in named] + ["--config", "--print-config"] * command.configurable
             problems.append(f"unknown option {head}. {nearest(head, known)}".rstrip())
             if not equals and following is not None and not positional:
@@ -108,6 +109,7 @@ def read_arguments(command: Command, argv: Sequence[str]) -> Arguments:
                 arguments.configs.append(value)
             else:
                 settings[name] = Setting(value, option(name))
+                positional = [one for one in positional if one != name]
     if "resume" in settings:
         _settle_resume(arguments.layer)
     return arguments

@@ -10,8 +10,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from geoexplora.cli.values import blocks, interval, name_groups, names, path, plain, setting
-from geoexplora.registry import DATASETS, MODELS
+from geoexplora.cli.values import blocks, interval, name_groups, names, path, plain, setting, source
+from geoexplora.registry import DATASETS, FROM_SOURCE, MODELS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,20 +81,27 @@ class ModelOptions(Options):
     """Model.
 
     Attributes:
-        model: encoder.
+        model: encoder; source takes the sizes of the weights that --init names.
         patch_size: side of a patch, in pixels; the image size must be a multiple.
-        init: weights to start from: a weights file or a run folder (none: random).
+        init: weights to start from: a weights file of any known format, a run or Hugging Face folder, an https:// or
+            hf:// address, a shortcut such as dinov2-vitl14, TorchGeo's or timm's name of weights (none: random).
         band_init: how a band that the source weights do not know starts: RGB slices by band name and the mean of
             RGB elsewhere, the mean everywhere, the RGB slice nearest in wavelength, or random.
+        patch_resize: how the source's patch embedding changes its patch size, FlexiViT's way or as an image.
+        allow_normalization_mismatch: start from weights of this package that were trained with another normalization.
+        allow_band_mismatch: start from weights of this package that were trained on other bands of the same sensor.
         decoder_width: token width of the decoder.
         decoder_depth: blocks of the decoder.
         decoder_heads: attention heads of the decoder.
     """
 
-    model: str = setting("vit_base", "NAME", known=MODELS)
+    model: str = setting("vit_base", "NAME", known=(*MODELS, FROM_SOURCE))
     patch_size: int = setting(8, "PIXELS")
-    init: str | None = setting(None, "FILE|RUN", path)
+    init: str | None = setting(None, "SOURCE", source)
     band_init: Literal["rgb-by-name", "mean", "nearest-wavelength", "random"] = "rgb-by-name"
+    patch_resize: Literal["pseudo-inverse", "bilinear"] = "pseudo-inverse"
+    allow_normalization_mismatch: bool = False
+    allow_band_mismatch: bool = False
     decoder_width: int = setting(512, "N")
     decoder_depth: int = setting(8, "N")
     decoder_heads: int = setting(16, "N")

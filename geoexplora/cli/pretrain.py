@@ -47,7 +47,7 @@ COMMAND = Command(
         "Settings come from the recipe of --dataset, then --config, then the command line. The run folder holds the\n"
         "merged encoder, the adapter, metrics and pictures, complete after every checkpoint."
     ),
-    usage="--dataset NAME --root DIR --output RUN [--init FILE|RUN] [options]",
+    usage="--dataset NAME --root DIR --output RUN [--init SOURCE] [options]",
     options=PretrainOptions,
     run=run,
     checks=PRETRAIN_CHECKS,

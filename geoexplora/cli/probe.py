@@ -10,7 +10,7 @@ from typing import Literal
 from geoexplora.cli import checks
 from geoexplora.cli.command import Check, Command, Finding
 from geoexplora.cli.options import DataOptions, DeviceOptions, Options
-from geoexplora.cli.values import names, path, setting
+from geoexplora.cli.values import names, path, setting, source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,14 +18,14 @@ class EncoderOptions(Options):
     """Encoder.
 
     Attributes:
-        init: encoder to probe: a weights file or a run folder.
+        init: encoder to probe: a run folder or a weights file, or all else that pretrain takes.
         bands: input bands, by name (none: those the encoder was trained with).
         image_size: side of the square input, in pixels (none: as the encoder was trained).
         pool: feature of an image: the mean of its patch tokens, or the class token.
         batch_size: images in one forward pass.
     """
 
-    init: str | None = setting(None, "FILE|RUN", path, required=True)
+    init: str | None = setting(None, "SOURCE", source, required=True)
     bands: tuple[str, ...] | None = setting(None, "B,B,...", names, expects="band names such as B2,B3,B4")
     image_size: int | None = setting(None, "PIXELS")
     pool: Literal["mean", "cls"] = "mean"
@@ -91,7 +91,7 @@ COMMAND = Command(
         "Measure how well the features of a frozen encoder tell the classes of a labelled dataset apart: by the\n"
         "nearest neighbours, and by a linear classifier."
     ),
-    usage="--init FILE|RUN --dataset NAME --root DIR [options]",
+    usage="--init SOURCE --dataset NAME --root DIR [options]",
     options=ProbeOptions,
     run=run,
     checks=PROBE_CHECKS,

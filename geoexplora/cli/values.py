@@ -71,6 +71,11 @@ def path(text: Tree) -> Tree:
     return str(Path(text).expanduser()) if isinstance(text, str) else text
 
 
+def source(text: Tree) -> Tree:
+    """Source weights: an address, shortcut or name as it stands, a path with its ``~`` resolved."""
+    return text if isinstance(text, str) and "://" in text else path(text)
+
+
 def is_null(value: Tree) -> bool:
     """Whether a value means "not set"."""
     return value is None or (isinstance(value, str) and value.strip().lower() in {"", "null", "none", "~"})

@@ -1,6 +1,6 @@
 """ExPLoRA: whole blocks, LoRA on Q and V, norms and embeddings of a frozen vision transformer."""
 
-from geoexplora.explora.adapter import load_adapter, save_adapter
+from geoexplora.explora.adapter import is_adapter, load_adapted_encoder, load_adapter, read_adapter, save_adapter
 from geoexplora.explora.apply import apply_explora, apply_explora_to_decoder
 from geoexplora.explora.attention import SplitAttention
 from geoexplora.explora.config import ExploraConfig, resolve_blocks
@@ -14,10 +14,13 @@ __all__ = [
     "apply_explora",
     "apply_explora_to_decoder",
     "format_table",
+    "is_adapter",
+    "load_adapted_encoder",
     "load_adapter",
     "merge_lora",
     "merged_state_dict",
     "parameter_table",
+    "read_adapter",
     "resolve_blocks",
     "save_adapter",
     "table_to_json",

@@ -11,17 +11,11 @@ from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
-from timm.models import build_model_with_cfg, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from geoexplora.bands import FMOW_SENTINEL_BANDS, FMOW_SENTINEL_GROUPS, SENTINEL2, resolve_groups
-from geoexplora.errors import WeightsError
 from geoexplora.models.embeddings import GroupPatchEmbed, sincos_1d, sincos_2d
 from geoexplora.models.initialization import initialize_linears
-from geoexplora.registry import MODELS, Architecture
-
-_SATMAE_GROUPS = resolve_groups(FMOW_SENTINEL_GROUPS, FMOW_SENTINEL_BANDS, SENTINEL2)
 
 
 class GroupChannelVisionTransformer(VisionTransformer):
@@ -129,7 +123,7 @@ class GroupChannelVisionTransformer(VisionTransformer):
         if self.channel_cls_embed is not None:
             prefix = prefix + torch.cat([self.pos_embed[:, :1], self.channel_cls_embed], dim=-1)
         prefixes = [prefix] if self.reg_token is None else [prefix, self.reg_token]
-        return self.pos_drop(torch.cat([*(p.expand(len(x), -1, -1) for p in prefixes), x], dim=1))
+        return self.pos_drop(torch.cat([*(p.expand(x.shape[0], -1, -1) for p in prefixes), x], dim=1))
 
     def forward_intermediates(self, x: Tensor, *args: Any, output_fmt: str = "NCHW", **kwargs: Any) -> Any:
         """Features of intermediate blocks, with timm's signature.
@@ -162,36 +156,3 @@ class GroupChannelVisionTransformer(VisionTransformer):
         if self.grid_features == "mean":
             return grouped.mean(1).permute(0, 3, 1, 2).contiguous()
         return grouped.permute(0, 1, 4, 2, 3).flatten(1, 2).contiguous()
-
-
-def _register(name: str, architecture: Architecture) -> None:
-    sizes = {
-        "embed_dim": architecture.width,
-        "depth": architecture.depth,
-        "num_heads": architecture.heads,
-        "channel_width": architecture.channel_width,
-        "groups": _SATMAE_GROUPS,
-    }
-
-    def create(pretrained: bool = False, pretrained_cfg: Any = None, **kwargs: Any) -> nn.Module:
-        if pretrained:
-            raise WeightsError(
-                f"{create.__name__} has no weights of its own", "Load a file: geoexplora.weights.load_encoder(path)."
-            )
-        return build_model_with_cfg(
-            GroupChannelVisionTransformer,
-            create.__name__,
-            pretrained=False,
-            # The number of bands follows from the groups, not from a default of three.
-            pretrained_cfg=pretrained_cfg or {"num_classes": 0, "classifier": "head", "input_size": None},
-            feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-            **(sizes | kwargs),
-        )
-
-    create.__name__ = f"group_channel_{name}"
-    create.__doc__ = f"A group-channel {name} in SatMAE's fMoW-Sentinel geometry unless told otherwise."
-    register_model(create)
-
-
-for _name, _architecture in MODELS.items():
-    _register(_name, _architecture)

@@ -25,4 +25,5 @@ def initialize_plain_encoder(encoder: VisionTransformer) -> None:
     """Initialize a stock timm ViT as MAE does: Xavier-uniform linears and a sin-cos position encoding, in place."""
     initialize_linears(encoder)
     nn.init.normal_(encoder.cls_token, std=0.02)
-    encoder.pos_embed.copy_(sincos_2d(encoder.embed_dim, encoder.patch_embed.grid_size, encoder.num_prefix_tokens))
+    rows = encoder.pos_embed.shape[1] - encoder.patch_embed.num_patches  # none for registers, nor for what stands there
+    encoder.pos_embed.copy_(sincos_2d(encoder.embed_dim, encoder.patch_embed.grid_size, rows))

@@ -30,17 +30,17 @@ class MaskedAutoencoder(nn.Module):
     """Encoder and decoder of a masked autoencoder.
 
     Args:
-        encoder: a timm-style ViT with one class token, plain or group-channel.
+        encoder: a timm-style ViT with a class token, plain or group-channel; register tokens behind it are not decoded.
         decoder: predicts all patches from the visible tokens.
 
     Raises:
-        ValueError: if the encoder has other prefix tokens than one class token.
+        ValueError: if the encoder has no class token.
     """
 
     def __init__(self, encoder: Any, decoder: MAEDecoder) -> None:
         super().__init__()
-        if encoder.num_prefix_tokens != 1:
-            raise ValueError(f"needs one class token, this one has {encoder.num_prefix_tokens} prefix tokens")
+        if not encoder.has_class_token:
+            raise ValueError("needs an encoder with a class token")
         self.encoder = encoder
         self.decoder = decoder
 
@@ -55,15 +55,17 @@ class MaskedAutoencoder(nn.Module):
             (B, 1 + K, D), normalized, class token first.
         """
         encoder = self.encoder
+        prefix: int = encoder.num_prefix_tokens
         tokens = encoder._pos_embed(encoder.patch_embed(images))
-        visible = tokens[:, 1:].gather(1, keep.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
-        x = encoder.norm_pre(torch.cat([tokens[:, :1], visible], dim=1))
+        visible = tokens[:, prefix:].gather(1, keep.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+        x = encoder.norm_pre(torch.cat([tokens[:, :prefix], visible], dim=1))
         if encoder.grad_checkpointing and self.training:
             for block in encoder.blocks:
                 x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
         else:
             x = encoder.blocks(x)
-        return encoder.norm(x)
+        x = encoder.norm(x)
+        return x if prefix == 1 else torch.cat([x[:, :1], x[:, prefix:]], dim=1)
 
     def forward(self, images: Tensor, keep: Tensor) -> MAEOutput:
         """Encode the visible tokens and predict every patch.

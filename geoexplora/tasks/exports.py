@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from geoexplora.datamodules.tiles import TilesDataModule
-from geoexplora.explora import merged_state_dict, save_adapter
+from geoexplora.explora import merged_state_dict, save_adapter, table_to_json
 from geoexplora.objectives.mae import normalize_patches, patchify, unpatchify
 from geoexplora.runs.folder import RunFolder
 from geoexplora.runs.metrics import read_metrics
@@ -40,7 +40,9 @@ class RunExport:
             RunError: if one cannot be written.
         """
         step = trainer.global_step
-        save_encoder(self.folder.encoder_file, merged_state_dict(task.model.encoder), task.spec, step=step)
+        trained = table_to_json(task.parameter_table())
+        encoder = merged_state_dict(task.model.encoder)
+        save_encoder(self.folder.encoder_file, encoder, task.spec, step=step, trained=trained)
         decoder = task.model.decoder
         settings = {
             "width": decoder.embed.out_features,
@@ -50,7 +52,7 @@ class RunExport:
         }
         save_decoder(self.folder.decoder_file, merged_state_dict(decoder), task.spec, settings, step=step)
         if task.is_explora:
-            save_adapter(self.folder.adapter, task.model.encoder, task.config, task.spec.source)
+            save_adapter(self.folder.adapter, task.model.encoder, task.config, task.spec)
         rows = read_metrics(self.folder.metrics_file)
         # Not every row has every column: the last value of each.
         self.folder.update_run_json(step=step, metrics={name: value for row in rows for name, value in row.items()})

@@ -92,7 +92,11 @@ def extract_features(
             images = batch["image"]
             real = batch.get("unreadable", torch.full((len(images),), -1)) < 0
             tokens = encoder.forward_features(images[real].to(device, non_blocking=True))
-            features.append(pool_tokens(tokens, groups, pool, encoder.num_prefix_tokens).float().cpu())
+            if pool == "mean" and isinstance(encoder.norm, nn.Identity):  # its norm comes after pooling
+                pooled = encoder.forward_head(tokens, pre_logits=True)
+            else:
+                pooled = pool_tokens(tokens, groups, pool, encoder.num_prefix_tokens)
+            features.append(pooled.float().cpu())
             labels.append(batch.get("label", torch.full((len(images),), -1))[real])
             kept.append(real)
     return LabelledFeatures(torch.cat(features).numpy(), torch.cat(labels).numpy(), torch.cat(kept).numpy())

@@ -33,7 +33,9 @@ from geoexplora.models.masked_autoencoder import MaskedAutoencoder
 from geoexplora.objectives.mae import Pairing, mae_loss
 from geoexplora.objectives.masking import TokenMask, mask_from_noise, noise_shape
 from geoexplora.tasks.optimization import parameter_groups, warmup_cosine
-from geoexplora.tasks.sources import load_source
+from geoexplora.tasks.sources import architecture, load_source, of_architecture
+from geoexplora.weights.contract import Allowed
+from geoexplora.weights.files import read_weights
 from geoexplora.weights.load import build_encoder
 from geoexplora.weights.spec import EncoderSpec
 
@@ -50,7 +52,8 @@ class ExPLoRAPretrain(BaseTask):
     so a resumed run repeats an uninterrupted one.
 
     Args:
-        model: architecture, a name in ``geoexplora.registry.MODELS``.
+        model: architecture, a name in ``geoexplora.registry.MODELS``, or ``source`` for that of ``init``. LayerScale,
+            registers and the kind of MLP are always the source's.
         image_size: S in pixels.
         patch_size: patch side in pixels.
         sensor: name of the sensor that the bands belong to.
@@ -58,8 +61,11 @@ class ExPLoRAPretrain(BaseTask):
         normalization: ``Normalization.to_dict()`` of the images; stored with the weights.
         groups: channel groups by band names; ``None`` for a plain ViT.
         antialias: whether images were resized with antialiasing; stored with the weights.
-        init: source weights: a file or a run folder; ``None`` starts from random weights.
+        init: source weights: what ``geoexplora.weights.read_weights`` takes; ``None`` starts from random weights.
         band_init: how patch embeddings of bands that the source does not know start.
+        patch_resize: how patch embeddings change their patch size.
+        allow_normalization_mismatch: go on where weights of this package were trained with another normalization.
+        allow_band_mismatch: go on where weights of this package were trained on other bands of the same sensor.
         mode: ``explora`` trains whole blocks, LoRA, norms, class token and, for new bands, embeddings; ``full`` and
             ``scratch`` train all weights.
         whole_blocks: 1-based numbers of the blocks that ExPLoRA trains whole, ``L`` for the last.
@@ -104,6 +110,9 @@ class ExPLoRAPretrain(BaseTask):
         antialias: bool = False,
         init: str | None = None,
         band_init: str = "rgb-by-name",
+        patch_resize: str = "pseudo-inverse",
+        allow_normalization_mismatch: bool = False,
+        allow_band_mismatch: bool = False,
         mode: Mode = "explora",
         whole_blocks: Sequence[int | str] = (1, "L"),
         rank: int = 32,
@@ -133,8 +142,10 @@ class ExPLoRAPretrain(BaseTask):
     def configure_models(self) -> None:
         """Build encoder and decoder, load the source, freeze what is not trained."""
         h = self.hparams
+        source = None if h["init"] is None or self.source_state else read_weights(h["init"])
+        built = (self.source_state or {}).get("architecture") or architecture(h["model"], source, bool(h["groups"]))
         spec = EncoderSpec.of(
-            h["model"],
+            **of_architecture(built),
             image_size=h["image_size"],
             patch_size=h["patch_size"],
             sensor=h["sensor"],
@@ -160,9 +171,20 @@ class ExPLoRAPretrain(BaseTask):
                 h["decoder_heads"],
                 channel_width=h["decoder_width"] // 4,
             )
-            state = self.source_state or load_source(encoder, decoder, spec, h["init"], h["band_init"], h["seed"])
-            self.source_state = state
-            self.spec = replace(spec, source=state["source"], band_init=state["band_init"])
+            state = self.source_state or load_source(
+                encoder,
+                decoder,
+                spec,
+                source,
+                band_init=h["band_init"],
+                patch_resize=h["patch_resize"],
+                allowed=Allowed(h["allow_normalization_mismatch"], h["allow_band_mismatch"]),
+                seed=h["seed"],
+            )
+            self.source_state = state | {"architecture": built}
+            self.spec = replace(
+                spec, source=state["source"], band_init=state["band_init"], patch_resize=state.get("patch_resize")
+            )
             self.config = ExploraConfig(
                 resolve_blocks(h["whole_blocks"], spec.depth),
                 h["rank"],

@@ -22,6 +22,7 @@ from geoexplora.weights.spec import EncoderSpec
 
 _KERNEL = "patch_embed.proj.weight"
 _GROUP_KERNEL = re.compile(r"patch_embed\.(\d+)\.proj\.weight")
+_POOLED_NORM = "the source's fc_norm, which comes after pooling there"
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Adaptation:
         resampled: names brought to another size, with from what to what.
         kept: names that the model keeps, with why.
         band_init: the policy for new bands, if one was needed.
+        patch_resize: how patch embeddings change their patch size.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -43,6 +45,7 @@ class Adaptation:
     resampled: dict[str, str] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     band_init: str | None = None
+    patch_resize: str = "pseudo-inverse"
 
 
 def adapt_encoder(
@@ -54,6 +57,7 @@ def adapt_encoder(
     generator: torch.Generator | None,
     *,
     label: str,
+    patch_resize: str = "pseudo-inverse",
 ) -> Adaptation:
     """Adapt an encoder's patch embeddings and position encoding to a model.
 
@@ -65,6 +69,7 @@ def adapt_encoder(
         policy: how patch embeddings of new bands start.
         generator: source of randomness for the policy ``random``.
         label: the source's name, for messages.
+        patch_resize: how patch embeddings change their patch size, a name in ``convert.PATCH_RESIZES``.
 
     Returns:
         The tensors that needed work.
@@ -73,7 +78,7 @@ def adapt_encoder(
         WeightsError: if channel groups differ, or bands are not known.
     """
     target: dict[str, Tensor] = model.state_dict()
-    adaptation = Adaptation()
+    adaptation = Adaptation(patch_resize=patch_resize)
     grouped = [name for name in target if _GROUP_KERNEL.fullmatch(name)]
     if _KERNEL in source and grouped:
         _plain_to_groups(adaptation, target, source, described, wanted, policy, generator, label)
@@ -88,7 +93,12 @@ def adapt_encoder(
         for name in grouped:
             if name in source:
                 _take_kernel(adaptation, name, source[name], target[name].shape[-1], {name})
-    _positions(adaptation, model, target, source, "pos_embed", described)
+    _positions(adaptation, model, target, source, described)
+    if "fc_norm.weight" in source and "norm.weight" not in source and "norm.weight" in target:
+        for part in ("weight", "bias"):
+            adaptation.tensors[f"norm.{part}"] = source[f"fc_norm.{part}"]
+            adaptation.converted[f"norm.{part}"] = _POOLED_NORM
+            adaptation.used.add(f"fc_norm.{part}")
     return adaptation
 
 
@@ -108,7 +118,7 @@ def adapt_decoder(
     """
     target: dict[str, Tensor] = decoder.state_dict()
     adaptation = Adaptation()
-    _positions(adaptation, decoder, target, source, "pos_embed", described, wanted)
+    _positions(adaptation, decoder, target, source, described, wanted)
     grouped = wanted is not None and wanted.groups is not None
     if grouped and "channel_embed" in target and "channel_embed" not in source:
         adaptation.kept["channel_embed"] = "sin-cos: the source has no channel groups"
@@ -183,8 +193,8 @@ def _plain_to_plain(
 def _take_kernel(adaptation: Adaptation, name: str, kernel: Tensor, patch: int, used: set[str]) -> None:
     old = kernel.shape[-1]
     if old != patch:
-        kernel = resample_kernel(kernel, patch)
-        adaptation.resampled[name] = f"patch {old} to {patch}"
+        kernel = resample_kernel(kernel.float(), patch, adaptation.patch_resize)
+        adaptation.resampled[name] = f"patch {old} to {patch} ({adaptation.patch_resize})"
     if name in adaptation.converted or name in adaptation.resampled:
         adaptation.tensors[name] = kernel
         adaptation.used |= used
@@ -195,24 +205,32 @@ def _positions(
     model: nn.Module,
     target: Mapping[str, Tensor],
     source: Mapping[str, Tensor],
-    name: str,
     described: EncoderSpec | None,
     wanted: EncoderSpec | None = None,
 ) -> None:
+    name = "pos_embed"
     if name not in source or name not in target or source[name].ndim != 3:
         return
     old, new = source[name].shape, target[name].shape
     if old[2] != new[2]:
-        if "channel_embed" in target and "channel_embed" not in source:  # a part of the width encodes the group
-            adaptation.kept[name] = f"sin-cos: {new[2]} wide, the source's is {old[2]} wide"
-            adaptation.used.add(name)
+        # Of a group-channel encoder's width a part encodes the group, of a temporal decoder's width the time
+        adaptation.kept[name] = f"sin-cos: {new[2]} wide, the source's is {old[2]} wide"
+        adaptation.used.add(name)
         return
-    before = _grid(old[1] - 1, described)
-    after = _model_grid(model, new[1] - 1, wanted)
+    prefix = _prefix_rows(model)
+    before = _grid(old[1] - prefix, described)
+    after = _model_grid(model, new[1] - prefix, wanted)
     if before is not None and after is not None and before != after:
-        adaptation.tensors[name] = resample_positions(source[name], before, after)
+        adaptation.tensors[name] = resample_positions(source[name].float(), before, after, prefix)
         adaptation.resampled[name] = f"{before[0]}x{before[1]} to {after[0]}x{after[1]}"
         adaptation.used.add(name)
+
+
+def _prefix_rows(model: Any) -> int:
+    """Rows of the position encoding that belong to no position: none where timm gives prefix tokens no position."""
+    if getattr(model, "no_embed_class", False):
+        return 0
+    return int(getattr(model, "num_prefix_tokens", 1))
 
 
 def _model_grid(model: Any, positions: int, wanted: EncoderSpec | None) -> tuple[int, int] | None:

@@ -11,6 +11,7 @@ import torch
 from timm.layers.patch_embed import resample_patch_embed
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from geoexplora.bands import SENSORS, Band, Sensor
 from geoexplora.errors import ConfigError, WeightsError
@@ -25,34 +26,49 @@ BAND_POLICIES = {
 """How the patch embedding of a band starts, by name of the policy."""
 
 
-def resample_kernel(kernel: Tensor, patch_size: int) -> Tensor:
-    """Change the patch size of a patch embedding by FlexiViT's pseudo-inverse resize (arXiv 2212.08013, section 3.4).
+PATCH_RESIZES = {
+    "pseudo-inverse": "FlexiViT's: the response to an image resized along with the patch stays the same",
+    "bilinear": "the kernel is an image, and its sum over the patch stays the same",
+}
+"""How a patch embedding changes its patch size, by name."""
 
-    The response to an image resized along with the patch stays (nearly) the same; timm's implementation.
+
+def resample_kernel(kernel: Tensor, patch_size: int, method: str = "pseudo-inverse") -> Tensor:
+    """Change the patch size of a patch embedding.
 
     Args:
         kernel: (D, C, P, P).
         patch_size: the new P.
+        method: ``pseudo-inverse`` is FlexiViT's (arXiv 2212.08013, section 3.4; timm's implementation), ``bilinear``
+            interpolates the kernel with antialiasing and scales it by (P / P')^2.
 
     Returns:
         (D, C, P', P').
+
+    Raises:
+        ConfigError: for an unknown method.
     """
+    look_up("resize of patches", method, PATCH_RESIZES)
+    if method == "bilinear":
+        resized = F.interpolate(kernel, (patch_size, patch_size), mode="bilinear", antialias=True)
+        return resized * (kernel.shape[-1] / patch_size) ** 2
     resampled: Tensor = resample_patch_embed(kernel, [patch_size, patch_size])
     return resampled
 
 
-def resample_positions(encoding: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Change the grid of a position encoding by bicubic interpolation (timm); the class token's row stays.
+def resample_positions(encoding: Tensor, old: tuple[int, int], new: tuple[int, int], prefix_rows: int = 1) -> Tensor:
+    """Change the grid of a position encoding by bicubic interpolation (timm); rows of class and registers stay.
 
     Args:
-        encoding: (1, 1 + L, D).
+        encoding: (1, prefix rows + L, D).
         old: rows and columns of the grid it is for.
         new: rows and columns of the grid wanted.
+        prefix_rows: rows that belong to no position.
 
     Returns:
-        (1, 1 + L', D).
+        (1, prefix rows + L', D).
     """
-    resampled: Tensor = resample_abs_pos_embed(encoding, list(new), list(old), num_prefix_tokens=1)
+    resampled: Tensor = resample_abs_pos_embed(encoding, list(new), list(old), num_prefix_tokens=prefix_rows)
     return resampled
 
 
@@ -66,9 +82,10 @@ def convert_bands(
 ) -> Tensor:
     """Make a patch embedding for other bands.
 
-    The result is scaled by C / N, so that bands that all show the same picture are embedded as strongly as by the
-    source: exactly so for ``mean``, and for ``rgb-by-name`` where the target holds all of the source's bands or none.
-    The bias needs no change. Nothing is ever filled with zeros.
+    A band that the source has itself keeps its slice whatever the policy; the policy is for all others. The result is
+    scaled by C / N, so that bands that all show the same picture are embedded as strongly as by the source: exactly so
+    for ``mean``, and for ``rgb-by-name`` where the target holds all of the source's bands or none. The bias needs no
+    change. Nothing is ever filled with zeros.
 
     Args:
         kernel: (D, C, P, P).
@@ -98,6 +115,9 @@ def convert_bands(
     mean = kernel.mean(dim=1)
     slices = []
     for band in target:
+        if band in source:
+            slices.append(kernel[:, source.index(band)])
+            continue
         if policy == "nearest-wavelength":
             distances = [abs(other.wavelength - band.wavelength) for other in source]
             slices.append(kernel[:, distances.index(min(distances))])

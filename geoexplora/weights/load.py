@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,18 @@ from torch import Tensor, nn
 
 from geoexplora.errors import WeightsError
 from geoexplora.weights.adapt import Adaptation, adapt_decoder, adapt_encoder
+from geoexplora.weights.contract import Allowed, check_contract
 from geoexplora.weights.files import SourceWeights, read_weights
+from geoexplora.weights.formats import OWN
 from geoexplora.weights.report import LoadReport
 from geoexplora.weights.spec import EncoderSpec
 from geoexplora.weights.write import not_finite
 
 log = logging.getLogger(__name__)
+
+
+_STYLE = ("layer_scale", "registers", "swiglu", "mlp_width")
+_GROUP_STYLE = ("channel_width", "class_token_encoding")
 
 
 def build_encoder(spec: EncoderSpec) -> nn.Module:
@@ -39,11 +46,13 @@ def build_encoder(spec: EncoderSpec) -> nn.Module:
         ) from problem
 
 
-def load_encoder(path: str | Path) -> tuple[nn.Module, EncoderSpec]:
+def load_encoder(source: str | Path | SourceWeights) -> tuple[nn.Module, EncoderSpec]:
     """Read an encoder and build it, ready for features.
 
+    The weights stay mapped from their file (copy on write): memory holds them once, and only when they are used.
+
     Args:
-        path: what :func:`geoexplora.weights.files.read_weights` takes.
+        source: what :func:`geoexplora.weights.files.read_weights` takes or returns.
 
     Returns:
         The encoder in evaluation mode, in single precision, and its description.
@@ -51,15 +60,12 @@ def load_encoder(path: str | Path) -> tuple[nn.Module, EncoderSpec]:
     Raises:
         WeightsError: if the file cannot be used or does not tell its architecture.
     """
-    source = read_weights(path)
-    if source.spec is None:
-        raise WeightsError(
-            f"{source.path} ({source.format}) does not tell its architecture",
-            "Its sizes are of no model known here; see geoexplora.registry.MODELS.",
-        )
-    model = build_encoder(source.spec)
-    load_into(model, source, spec=source.spec)
-    return model.eval(), source.spec
+    weights = source if isinstance(source, SourceWeights) else read_weights(source)
+    spec = weights.described()
+    with torch.device("meta"):
+        model = build_encoder(spec)
+    load_into(model, weights, spec=spec, assign=True)
+    return model.eval(), spec
 
 
 def load_into(
@@ -68,9 +74,12 @@ def load_into(
     *,
     spec: EncoderSpec | None = None,
     policy: str = "rgb-by-name",
+    patch_resize: str = "pseudo-inverse",
+    allowed: Allowed | None = None,
     allow_missing: Iterable[str] = (),
     allow_unexpected: Iterable[str] = (),
     generator: torch.Generator | None = None,
+    assign: bool = False,
 ) -> LoadReport:
     """Load an encoder's weights into a plain or group-channel ViT.
 
@@ -83,27 +92,37 @@ def load_into(
         source: weights as read, or a state dict under timm's names (then for the bands of ``spec``).
         spec: the model's description; needed to make patch embeddings for other bands.
         policy: how the patch embeddings of new bands start, a name in ``geoexplora.weights.convert.BAND_POLICIES``.
+        patch_resize: how patch embeddings change their patch size, a name in ``convert.PATCH_RESIZES``.
+        allowed: differences in bands and normalization that may be; none by default.
         allow_missing: names or patterns (``head.*``) of tensors that the source may lack.
         allow_unexpected: names or patterns of tensors that the model may lack.
         generator: source of randomness for the policy ``random``.
+        assign: make the source's tensors (in single precision) the model's own instead of copying into them, for
+            models on the meta device; every tensor of the model must then come from the source.
 
     Returns:
         What became of every tensor.
 
     Raises:
         WeightsError: if nothing matches, a tensor is missing, unexpected, of another shape or not finite, the
-            channel groups differ, or the bands cannot be converted; the model is then unchanged.
+            channel groups differ, the bands cannot be converted, or bands or normalization differ from those that the
+            weights were trained with; the model is then unchanged.
         ConfigError: for an unknown policy.
     """
-    if isinstance(source, SourceWeights):
-        tensors, described, label = source.encoder_tensors, source.spec, str(source.path)
-    else:
-        tensors, described, label = dict(source), spec, "the state dict"
+    if not isinstance(source, SourceWeights):
+        source = SourceWeights(Path("the state dict"), "state dict", spec, dict(source))
+    tensors, described, label = source.encoder_tensors, source.spec, str(source.path)
     _check_finite(label, tensors)
     if described is not None and spec is not None:
         _check_architecture(label, described, spec)
-    adaptation = adapt_encoder(model, tensors, described, spec, policy, generator, label=label)
-    return _finish(model, tensors, adaptation, label, described, allow_missing, allow_unexpected)
+        check_contract(label, described, spec, told=source.format == OWN, allowed=allowed or Allowed())
+    adaptation = adapt_encoder(
+        model, tensors, described, spec, policy, generator, label=label, patch_resize=patch_resize
+    )
+    report = _finish(
+        model, tensors, adaptation, label, described, allow_missing, allow_unexpected, source.converted, assign
+    )
+    return replace(report, left_out=source.left_out, assumed=source.assumed)
 
 
 def load_decoder_into(
@@ -152,6 +171,8 @@ def _finish(
     described: EncoderSpec | None,
     allow_missing: Iterable[str],
     allow_unexpected: Iterable[str],
+    made: Mapping[str, str] | None = None,
+    assign: bool = False,
 ) -> LoadReport:
     """Match what needed no adaptation, refuse what does not fit, load."""
     target: dict[str, Any] = model.state_dict()
@@ -183,10 +204,14 @@ def _finish(
     if any(not_allowed.values()):
         problems = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in not_allowed.items() if names)
         raise WeightsError(f"{label} does not fit the model: {problems}", _remedy(described))
-    model.load_state_dict(loaded, strict=False)
+    if assign:
+        loaded = {name: nn.Parameter(value.float()) for name, value in loaded.items()}
+    model.load_state_dict(loaded, strict=False, assign=assign)
+    made = {name: how for name, how in (made or {}).items() if name in matched}
     report = LoadReport(
-        tuple(matched), adaptation.converted, adaptation.resampled, adaptation.kept,
-        tuple(missing), tuple(unexpected), adaptation.band_init,
+        tuple(name for name in matched if name not in made), made | adaptation.converted, adaptation.resampled,
+        adaptation.kept, tuple(missing), tuple(unexpected), band_init=adaptation.band_init,
+        patch_resize=adaptation.patch_resize if any("patch_embed" in name for name in adaptation.resampled) else None,
     )  # fmt: skip
     log.debug("loaded %s: %s", label, report.summary().replace("\n", "; "))
     return report
@@ -210,20 +235,18 @@ def _check_architecture(label: str, source: EncoderSpec, target: EncoderSpec) ->
         raise WeightsError(
             f"{label} is a {source.model}, the model a {target.model}: {', '.join(differing)}", _remedy(source)
         )
-    if (source.sensor, source.bands) == (target.sensor, target.bands):
-        differing = [
-            name for name in ("normalization", "units") if not _same(getattr(source, name), getattr(target, name))
-        ]
-        if differing:
-            log.warning("%s was trained with other %s than now asked for", label, " and ".join(differing))
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(_same(one[name], other[name]) for name in one)
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return list(one) == list(other)
-    return bool(one == other)
+    grouped = source.groups is not None and target.groups is not None
+    names = [*_STYLE, *_GROUP_STYLE] if grouped else _STYLE
+    differing = [
+        f"{name.replace('_', ' ')} {getattr(source.style, name)} instead of {getattr(target.style, name)}"
+        for name in names
+        if getattr(source.style, name) != getattr(target.style, name)
+    ]
+    if differing:
+        raise WeightsError(
+            f"{label} is a vision transformer of another style than the model: {', '.join(differing)}",
+            "Build the model with the style of the weights: EncoderSpec.of(..., style=source.spec.style).",
+        )
 
 
 def _remedy(described: EncoderSpec | None) -> str:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from geoexplora.bands import SENSORS, resolve_groups
 from geoexplora.errors import ConfigError, WeightsError
-from geoexplora.registry import MODELS, look_up
+from geoexplora.registry import CUSTOM, MODELS, Architecture, Style, look_up
+from geoexplora.weights.timm_names import group_channel_model, plain_model
 
 FORMAT_VERSION = 1
 """Version of the header; raised when older readers could misread it."""
@@ -23,7 +23,7 @@ class EncoderSpec:
     ``timm.create_model(spec.timm_name, **spec.timm_args)`` builds the encoder.
 
     Attributes:
-        model: our name of the architecture, such as ``vit_base``.
+        model: our name of the architecture, such as ``vit_base``; ``custom`` for sizes without a name.
         timm_name: timm's name of the model.
         timm_args: keyword arguments for ``timm.create_model``, plain JSON types.
         width: token width.
@@ -39,7 +39,9 @@ class EncoderSpec:
         antialias: whether images were resized with antialiasing.
         source: where the weights came from: path or name, sha256, format; None if trained from scratch.
         band_init: the policy by which patch embeddings of new bands were started; None if there was no need.
+        patch_resize: how the source's patch embedding changed its patch size; None if there was no need.
         pool: how the encoder's tokens become one feature vector by default: ``mean`` of the patch tokens, or ``cls``.
+        style: what it has beside its sizes: LayerScale, registers, ...
     """
 
     model: str
@@ -58,7 +60,9 @@ class EncoderSpec:
     antialias: bool = False
     source: Mapping[str, Any] | None = field(default=None)
     band_init: str | None = None
+    patch_resize: str | None = None
     pool: str = "mean"
+    style: Style = field(default_factory=Style)
 
     @classmethod
     def of(
@@ -74,12 +78,15 @@ class EncoderSpec:
         antialias: bool = False,
         source: Mapping[str, Any] | None = None,
         band_init: str | None = None,
+        patch_resize: str | None = None,
         pool: str = "mean",
+        style: Style | None = None,
+        sizes: tuple[int, int, int] | None = None,
     ) -> EncoderSpec:
         """Describe an encoder by our model name and its bands; timm's name and arguments follow from these.
 
         Args:
-            model: a name in ``geoexplora.registry.MODELS``.
+            model: a name in ``geoexplora.registry.MODELS``, or ``custom``.
             image_size: image side in pixels.
             patch_size: patch side in pixels.
             sensor: name of the sensor.
@@ -89,13 +96,17 @@ class EncoderSpec:
             antialias: whether images are resized with antialiasing.
             source: where the weights came from.
             band_init: policy for the patch embeddings of new bands.
+            patch_resize: how the patch embedding changed its patch size.
             pool: ``mean`` or ``cls``.
+            style: what it has beside its sizes; plain by default.
+            sizes: width, depth and heads of a ``custom`` model; not used for others.
 
         Raises:
-            ConfigError: for an unknown model, sensor or band, wrong groups, or an image size that is not a multiple of
-                the patch size.
+            ConfigError: for an unknown model, sensor or band, wrong groups, sizes that do not fit each other, or an
+                image size that is not a multiple of the patch size.
         """
-        architecture = look_up("model", model, MODELS)
+        architecture = _custom(sizes) if model == CUSTOM and sizes else look_up("model", model, MODELS)
+        style = style or Style()
         known = look_up("sensor", sensor, SENSORS)
         names = known.select(bands)
         if patch_size < 1 or image_size < patch_size or image_size % patch_size:
@@ -104,27 +115,32 @@ class EncoderSpec:
                 "Choose --image-size as a multiple of --patch-size.",
             )
         if groups is None:
-            timm_name, grouped = architecture.timm, None
-            timm_args = _plain_arguments(model, image_size, patch_size, len(names))
+            grouped = None
+            timm_name, timm_args = plain_model(model, architecture, style, image_size, patch_size, len(names))
         else:
             indices = resolve_groups(groups, names, known)
-            timm_name, grouped = f"group_channel_{model}", tuple(tuple(names[i] for i in group) for group in indices)
-            timm_args = {
-                "img_size": image_size,
-                "patch_size": patch_size,
-                "groups": [list(group) for group in indices],
-                "num_classes": 0,
-            }
+            grouped = tuple(tuple(names[i] for i in group) for group in indices)
+            timm_name, timm_args = group_channel_model(
+                model, architecture, style, image_size, patch_size, [list(group) for group in indices]
+            )
         return cls(
             model, timm_name, timm_args, architecture.width, architecture.depth, architecture.heads,
             image_size, patch_size, sensor, names, grouped, dict(normalization), known.units, antialias,
-            None if source is None else dict(source), band_init, pool,
+            None if source is None else dict(source), band_init, patch_resize, pool, style,
         )  # fmt: skip
+
+    @property
+    def prefix_positions(self) -> int:
+        """Rows of the position encoding that belong to no patch: those of the class and register tokens."""
+        if self.groups is not None:
+            return 1 + self.style.registers
+        return 0 if self.style.registers else 1
 
     def to_metadata(self) -> dict[str, str]:
         """The description as a safetensors header: every value is JSON, but for strings, which stand as they are."""
         header = {"format": "pt", "geoexplora": "encoder", "version": str(FORMAT_VERSION)}
-        return header | {name: _encode(value) for name, value in asdict(self).items() if value is not None}
+        values = asdict(self) | {"style": self.style.to_dict() or None}
+        return header | {name: _encode(value) for name, value in values.items() if value is not None}
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str]) -> EncoderSpec:
@@ -140,7 +156,7 @@ class EncoderSpec:
             WeightsError: if it is not a header of ours, is damaged, contradicts itself, or comes from a newer version
                 of this package.
         """
-        if metadata.get("geoexplora") not in {"encoder", "decoder"}:
+        if metadata.get("geoexplora") not in {"encoder", "decoder", "adapter"}:
             raise WeightsError("the file has no description of an encoder", "Name an encoder.safetensors or a run.")
         if not metadata.get("version", "").isdigit() or int(metadata["version"]) > FORMAT_VERSION:
             raise WeightsError(
@@ -170,6 +186,7 @@ class EncoderSpec:
             WeightsError: if it is not.
         """
         given = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in _DERIVED}
+        given["sizes"] = (self.width, self.depth, self.heads)
         remedy = "Take a file written by geoexplora; one by a newer version needs: pip install --upgrade geoexplora."
         try:
             expected = EncoderSpec.of(**given)
@@ -182,10 +199,10 @@ class EncoderSpec:
         return self
 
 
-_TEXT = ("model", "timm_name", "sensor", "units", "band_init", "pool")
+_TEXT = ("model", "timm_name", "sensor", "units", "band_init", "patch_resize", "pool")
 _NUMBERS = ("width", "depth", "heads", "image_size", "patch_size")
 _DERIVED = ("timm_name", "timm_args", "width", "depth", "heads", "units")
-_OPTIONAL = ("antialias", "source", "band_init", "pool")
+_OPTIONAL = ("antialias", "source", "band_init", "patch_resize", "pool", "style")
 
 
 def _encode(value: Any) -> str:
@@ -208,22 +225,14 @@ def _decode(name: str, text: str) -> Any:
         return bool(value)
     if not isinstance(value, dict):
         raise TypeError(f"{value!r} is not a set of values")
-    return value
+    return Style.from_dict(value) if name == "style" else value
 
 
-def _plain_arguments(model: str, image_size: int, patch_size: int, channels: int) -> dict[str, Any]:
-    """Arguments that turn the stock timm model into the wanted one: only what differs."""
-    architecture = MODELS[model]
-    parsed = re.fullmatch(r"(\w+)_patch(\d+)_(\d+)", architecture.timm)
-    if parsed is None:
-        raise ValueError(f"{architecture.timm} does not tell its patch and image size")
-    stock = MODELS[parsed[1]]
-    wanted = {
-        "img_size": (image_size, int(parsed[3])),
-        "patch_size": (patch_size, int(parsed[2])),
-        "in_chans": (channels, 3),
-        "embed_dim": (architecture.width, stock.width),
-        "depth": (architecture.depth, stock.depth),
-        "num_heads": (architecture.heads, stock.heads),
-    }
-    return {name: value for name, (value, default) in wanted.items() if value != default} | {"num_classes": 0}
+def _custom(sizes: tuple[int, int, int]) -> Architecture:
+    width, depth, heads = sizes
+    if min(sizes) < 1 or width % heads or width % 4:
+        raise ConfigError(
+            f"no vision transformer is {width} wide with {depth} blocks and {heads} heads",
+            "The width must be a multiple of the heads and of 4.",
+        )
+    return Architecture(width, depth, heads, width // 16 * 4, MODELS["vit_tiny"].timm)

@@ -22,6 +22,7 @@ def save_encoder(
     spec: EncoderSpec,
     *,
     step: int | None = None,
+    trained: Any = None,
     dtype: torch.dtype | None = None,
 ) -> None:
     """Write an encoder, whole or not at all.
@@ -31,13 +32,15 @@ def save_encoder(
         tensors: the encoder's state dict, under timm's names, merged (no LoRA, fused qkv).
         spec: what it is; stands in the header.
         step: the optimizer step it was taken at.
+        trained: which parts were trained, in plain JSON types.
         dtype: store floating-point tensors in this type, such as ``torch.float16`` to halve the file.
 
     Raises:
         WeightsError: if a tensor holds NaN or Inf (also after the conversion to ``dtype``).
         RunError: if the file cannot be written (disk full, read-only); an old one stays as it was.
     """
-    _save(Path(path), tensors, spec.to_metadata(), step, dtype)
+    metadata = spec.to_metadata() | ({} if trained is None else {"trained": json.dumps(trained)})
+    _save(Path(path), tensors, metadata, step, dtype)
 
 
 def save_decoder(
@@ -76,7 +79,12 @@ def is_decoder(name: str) -> bool:
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names of the tensors that hold NaN or Inf."""
-    return [name for name, value in tensors.items() if value.is_floating_point() and not value.isfinite().all()]
+    return [
+        name
+        for name, value in tensors.items()
+        # A finite sum needs no second look, and takes no memory; one that is not may only be too large for its type
+        if value.is_floating_point() and not value.sum().isfinite() and not value.isfinite().all()
+    ]
 
 
 def _save(

@@ -49,8 +49,8 @@ def test_what_is_no_weights(geoexplora, tmp_path):
     (tmp_path / "text").write_text("hello")
     for path, text in [
         ("text", "is not a weights file"),
-        ("nowhere", "no such file or folder"),
-        (".", "holds neither"),
+        ("nowhere", "no such file"),
+        (".", "has no encoder.safetensors"),
     ]:
         got = geoexplora("inspect", tmp_path / path)
         assert got.status == 2

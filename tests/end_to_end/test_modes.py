@@ -118,7 +118,7 @@ def test_metas_mae(pretrain, meta_mae, tmp_path, decoder):
     assert state["source"]["name"] == "mae.pth"
     assert state["source"]["format"] == "meta-mae"
     assert state["decoder_loaded"] is decoder
-    assert state["encoder"]["resampled"]["patch_embed.0.proj.weight"] == "patch 16 to 8"
+    assert state["encoder"]["resampled"]["patch_embed.0.proj.weight"] == "patch 16 to 8 (pseudo-inverse)"
     assert "rgb-by-name" in state["encoder"]["converted"]["patch_embed.0.proj.weight"]
     frozen = torch.load(tmp_path / "mae.pth", weights_only=True)["model"]["blocks.3.mlp.fc1.weight"]
     assert load_file(tmp_path / "r/encoder.safetensors")["blocks.3.mlp.fc1.weight"].equal(frozen)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,42 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from geoexplora.errors import ConfigError, RunError, WeightsError
-from geoexplora.explora import ExploraConfig, SplitAttention, apply_explora, load_adapter, merge_lora, save_adapter
+from geoexplora.explora import (
+    ExploraConfig,
+    SplitAttention,
+    apply_explora,
+    load_adapted_encoder,
+    load_adapter,
+    merge_lora,
+    save_adapter,
+)
 from geoexplora.explora.adapter import CONFIG_FILE, LORA_FILE, TRAINED_FILE
 from geoexplora.models.linear import use_fast_linears
+from geoexplora.registry import Style
+from geoexplora.weights.files import SourceWeights, read_weights
+from geoexplora.weights.load import build_encoder, load_into
+from geoexplora.weights.spec import EncoderSpec
 
 from .conftest import ENCODERS, PLAIN, SIZES, fill_lora, images_for, plain_encoder, randomize, trainable
 
 SOURCE = {"name": "weights.pth", "sha256": "0" * 64}
+SPEC = EncoderSpec.of(
+    "custom", sizes=(32, 4, 4), image_size=16, patch_size=4, sensor="rgb", bands=("R", "G", "B"), normalization={},
+    style=Style(layer_scale=True), source=SOURCE,
+)  # fmt: skip
 CONFIGS = [
     ExploraConfig((4,), 3, alpha=5.0),
     ExploraConfig((1, 4), 2, embeddings=True),
     ExploraConfig((4,), 0),
     ExploraConfig((), 2, norms=False, class_token=False),
 ]
+
+
+def weights(digest: str = "0" * 64) -> SourceWeights:
+    """Source weights of that digest, without their file."""
+    source = SourceWeights(Path("weights.pth"), "timm", None, {})
+    vars(source)["sha256"] = digest
+    return source
 
 
 def trained(encoder: Any, config: ExploraConfig) -> Any:
@@ -51,9 +75,9 @@ def test_round_trip(tmp_path: Path, config: ExploraConfig, kind: str, fast: bool
     encoder = trained(ENCODERS[kind](), config)
     if fast:
         use_fast_linears(encoder)
-    save_adapter(tmp_path / "adapter", encoder, config, SOURCE)
+    save_adapter(tmp_path / "adapter", encoder, config, SPEC)
     other = ENCODERS[kind]().eval()
-    assert load_adapter(tmp_path / "adapter", other) == config
+    assert load_adapter(tmp_path / "adapter", other, weights()) == config
     assert trainable(other) == trainable(encoder)
     state = other.state_dict()
     assert all(state[name].equal(value) for name, value in encoder.state_dict().items())
@@ -65,7 +89,7 @@ def test_round_trip(tmp_path: Path, config: ExploraConfig, kind: str, fast: bool
 def test_only_what_was_trained_is_stored(tmp_path: Path) -> None:
     config = CONFIGS[0]
     encoder = trained(plain_encoder(), config)
-    save_adapter(tmp_path, encoder, config, SOURCE)
+    save_adapter(tmp_path, encoder, config, SPEC)
     assert {path.name for path in tmp_path.iterdir()} == {CONFIG_FILE, LORA_FILE, TRAINED_FILE}
     lora, rest = load_file(tmp_path / LORA_FILE), load_file(tmp_path / TRAINED_FILE)
     stored = sum(tensor.numel() for tensor in (*lora.values(), *rest.values()))
@@ -80,7 +104,7 @@ def test_only_what_was_trained_is_stored(tmp_path: Path) -> None:
 
 def test_without_lora_there_is_no_peft_file(tmp_path: Path) -> None:
     config = ExploraConfig((4,), 0)
-    save_adapter(tmp_path, trained(plain_encoder(), config), config, None)
+    save_adapter(tmp_path, trained(plain_encoder(), config), config, SPEC)
     assert {path.name for path in tmp_path.iterdir()} == {TRAINED_FILE}
 
 
@@ -108,7 +132,7 @@ def split_state(encoder: Any) -> dict[str, Tensor]:
 def test_stock_peft_opens_it(tmp_path: Path, depth: int, config: ExploraConfig) -> None:
     source = plain_encoder(depth=depth)
     encoder = trained(plain_encoder(depth=depth), config)
-    save_adapter(tmp_path, encoder, config, SOURCE)
+    save_adapter(tmp_path, encoder, config, SPEC)
 
     base = timm.create_model(PLAIN, **(SIZES | {"depth": depth}), init_values=1.0, attn_layer=SplitAttention)
     base.load_state_dict(split_state(source), strict=True)
@@ -139,7 +163,7 @@ def test_stock_peft_opens_it(tmp_path: Path, depth: int, config: ExploraConfig) 
 def test_peft_goes_on_training_it(tmp_path: Path) -> None:
     config = ExploraConfig((), 3)
     encoder = trained(plain_encoder(), config)
-    save_adapter(tmp_path, encoder, config, SOURCE)
+    save_adapter(tmp_path, encoder, config, SPEC)
     base = timm.create_model(PLAIN, **SIZES, init_values=1.0, attn_layer=SplitAttention)
     opened: Any = peft.PeftModel.from_pretrained(base, str(tmp_path), is_trainable=True).train()
     images = images_for(encoder)
@@ -151,7 +175,7 @@ def test_peft_goes_on_training_it(tmp_path: Path) -> None:
 
 def test_the_config_is_plain_json(tmp_path: Path) -> None:
     config = CONFIGS[0]
-    save_adapter(tmp_path, trained(plain_encoder(), config), config, SOURCE)
+    save_adapter(tmp_path, trained(plain_encoder(), config), config, SPEC)
     stored = json.loads((tmp_path / CONFIG_FILE).read_text())
     assert (stored["r"], stored["lora_alpha"], stored["lora_dropout"], stored["bias"]) == (3, 5.0, 0.0, "none")
     assert stored["inference_mode"] is True
@@ -166,32 +190,32 @@ def test_the_config_is_plain_json(tmp_path: Path) -> None:
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     config = CONFIGS[0]
-    save_adapter(tmp_path / "adapter", trained(plain_encoder(), config), config, SOURCE)
+    save_adapter(tmp_path / "adapter", trained(plain_encoder(), config), config, SPEC)
     return tmp_path / "adapter"
 
 
 def test_a_missing_folder(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"cannot read the adapter .*nowhere"):
-        load_adapter(tmp_path / "nowhere", plain_encoder())
+        load_adapter(tmp_path / "nowhere", plain_encoder(), weights())
 
 
 @pytest.mark.parametrize("name", [TRAINED_FILE, LORA_FILE])
 def test_a_damaged_file(saved: Path, name: str) -> None:
     (saved / name).write_bytes((saved / name).read_bytes()[:50])
     with pytest.raises(WeightsError, match="cannot read the adapter"):
-        load_adapter(saved, plain_encoder())
+        load_adapter(saved, plain_encoder(), weights())
 
 
 def test_a_file_that_is_not_ours(saved: Path) -> None:
     save_file({"norm.weight": torch.ones(32)}, saved / TRAINED_FILE)
     with pytest.raises(WeightsError, match="does not say what was trained"):
-        load_adapter(saved, plain_encoder())
+        load_adapter(saved, plain_encoder(), weights())
 
 
 def test_missing_lora_is_an_error(saved: Path) -> None:
     (saved / LORA_FILE).unlink()
     with pytest.raises(WeightsError, match=r"12 tensors differ, such as blocks\.0\.attn\.q_proj\.lora_A"):
-        load_adapter(saved, plain_encoder())
+        load_adapter(saved, plain_encoder(), weights())
 
 
 def test_wrong_lora_keys_are_an_error(saved: Path) -> None:
@@ -199,7 +223,7 @@ def test_wrong_lora_keys_are_an_error(saved: Path) -> None:
     lora = load_file(saved / LORA_FILE)
     save_file({name.replace("base_model.model.", "model."): value for name, value in lora.items()}, saved / LORA_FILE)
     with pytest.raises(WeightsError, match="24 tensors differ"):
-        load_adapter(saved, plain_encoder())
+        load_adapter(saved, plain_encoder(), weights())
 
 
 @pytest.mark.parametrize(
@@ -213,14 +237,14 @@ def test_wrong_lora_keys_are_an_error(saved: Path) -> None:
 )
 def test_another_architecture(saved: Path, build: Any, error: type[Exception]) -> None:
     with pytest.raises(error):
-        load_adapter(saved, build())
+        load_adapter(saved, build(), weights())
 
 
 def test_an_encoder_that_carries_lora_is_refused(saved: Path) -> None:
     encoder = fill_lora(trained(plain_encoder(), CONFIGS[0]))
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     with pytest.raises(ConfigError, match="already carries LoRA"):
-        load_adapter(saved, encoder)
+        load_adapter(saved, encoder, weights())
     assert all(value.equal(before[name]) for name, value in encoder.state_dict().items())
 
 
@@ -228,20 +252,83 @@ def test_an_encoder_that_carries_lora_is_refused(saved: Path) -> None:
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
     with pytest.raises(RunError):
-        save_adapter(tmp_path, trained(plain_encoder(), CONFIGS[0]), CONFIGS[0], SOURCE)
+        save_adapter(tmp_path, trained(plain_encoder(), CONFIGS[0]), CONFIGS[0], SPEC)
 
 
 def test_a_file_in_the_way_of_the_folder(tmp_path: Path) -> None:
     (tmp_path / "adapter").write_text("")
     with pytest.raises(RunError):
-        save_adapter(tmp_path / "adapter", trained(plain_encoder(), CONFIGS[0]), CONFIGS[0], SOURCE)
+        save_adapter(tmp_path / "adapter", trained(plain_encoder(), CONFIGS[0]), CONFIGS[0], SPEC)
 
 
 def test_saving_again_replaces(tmp_path: Path) -> None:
     encoder = trained(plain_encoder(), CONFIGS[0])
-    save_adapter(tmp_path, encoder, CONFIGS[0], SOURCE)
+    save_adapter(tmp_path, encoder, CONFIGS[0], SPEC)
     randomize(encoder, seed=9)
-    save_adapter(tmp_path, encoder, CONFIGS[0], SOURCE)
+    save_adapter(tmp_path, encoder, CONFIGS[0], SPEC)
     assert {path.name for path in tmp_path.iterdir()} == {CONFIG_FILE, LORA_FILE, TRAINED_FILE}
     stored = load_file(tmp_path / TRAINED_FILE)
     assert stored["norm.weight"].equal(encoder.norm.weight)
+
+
+# The source weights that an adapter was trained on.
+
+
+def test_other_source_weights_are_refused(saved: Path) -> None:
+    encoder = plain_encoder()
+    with pytest.raises(WeightsError, match=r"other weights: weights.pth \(sha256 0{64}\), not on .*sha256 1{64}"):
+        load_adapter(saved, encoder, weights("1" * 64))
+    with pytest.raises(WeightsError, match="not on random ones"):
+        load_adapter(saved, encoder, None)
+    assert not hasattr(encoder, "peft_config")
+
+
+def test_an_adapter_of_random_weights_fits_no_file(tmp_path: Path) -> None:
+    config = CONFIGS[0]
+    save_adapter(tmp_path, trained(plain_encoder(), config), config, replace(SPEC, source=None))
+    with pytest.raises(WeightsError, match="trained on random weights"):
+        load_adapter(tmp_path, plain_encoder(), weights())
+    assert load_adapter(tmp_path, plain_encoder(), None) == config
+
+
+def test_source_and_adapter_together_give_the_trained_encoder(tmp_path: Path) -> None:
+    """DINOv2 at another patch and image size: what is resampled and frozen comes from the source again."""
+    from ..weights.reference import random_state
+
+    torch.save(random_state(width=128, depth=3, patch=14, grid=4), tmp_path / "dinov2.pth")
+    source = read_weights(tmp_path / "dinov2.pth")
+    spec = EncoderSpec.of(
+        "custom", sizes=(128, 3, 2), image_size=48, patch_size=8, sensor="rgb", bands=("R", "G", "B"),
+        normalization=source.described().normalization, style=source.described().style,
+    )  # fmt: skip
+    encoder: Any = build_encoder(spec)
+    report = load_into(encoder, source, spec=spec, patch_resize="bilinear")
+    spec = replace(spec, source=source.record(), patch_resize=report.patch_resize)
+    config = ExploraConfig((3,), 4)
+    save_adapter(tmp_path / "adapter", trained(encoder, config), config, spec)
+    restored, told = load_adapted_encoder(tmp_path / "adapter", tmp_path / "dinov2.pth")
+    assert told == spec
+    images = torch.randn(2, 3, 48, 48)
+    torch.testing.assert_close(restored(images), encoder(images), rtol=1e-5, atol=1e-5)
+    torch.save(random_state(width=128, depth=3, patch=14, grid=4, seed=1), tmp_path / "other.pth")
+    with pytest.raises(WeightsError, match=r"trained on other weights: dinov2\.pth"):
+        load_adapted_encoder(tmp_path / "adapter", tmp_path / "other.pth")
+
+
+def test_room_of_the_papers_adapter(tmp_path: Path) -> None:
+    """D-[L]-r64 of ViT-L/14 takes 4 bytes for each of its 18.7 M trained parameters, and its headers."""
+    with torch.device("meta"):
+        encoder: Any = timm.create_model("vit_large_patch14_dinov2", num_classes=0)
+        config = ExploraConfig((24,), 64)
+        apply_explora(encoder, config)
+    for name, parameter in list(encoder.named_parameters()):
+        if parameter.requires_grad:
+            owner, _, last = name.rpartition(".")
+            setattr(encoder.get_submodule(owner), last, torch.nn.Parameter(torch.zeros(parameter.shape)))
+    spec = EncoderSpec.of(
+        "vit_large", image_size=518, patch_size=14, sensor="rgb", bands=("R", "G", "B"), normalization={},
+        style=Style(layer_scale=True), source=SOURCE,
+    )  # fmt: skip
+    save_adapter(tmp_path, encoder, config, spec)
+    room = sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert 0 <= room - 4 * (18_723_840 + 1_024) < 64_000

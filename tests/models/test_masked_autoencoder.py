@@ -310,9 +310,20 @@ def test_small_batches(batch: int) -> None:
     output.pred.sum().backward()
 
 
-def test_an_encoder_with_register_tokens_is_refused() -> None:
-    with pytest.raises(ValueError, match="one class token, this one has 3 prefix tokens"):
-        grouped(reg_tokens=2)
+def test_register_tokens_see_the_image_and_are_not_decoded() -> None:
+    model = grouped(reg_tokens=2)
+    images, keep = torch.randn(2, model.encoder.in_chans, 12, 12).double(), torch.tensor([[0, 3, 5], [1, 2, 7]])
+    latent = model.encode(images, keep)
+    assert latent.shape[1] == 1 + 3
+    with torch.no_grad():
+        model.encoder.reg_token.add_(1.0)
+    assert not torch.allclose(model.encode(images, keep), latent)
+
+
+def test_an_encoder_without_class_token_is_refused() -> None:
+    encoder = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, class_token=False, global_pool="avg")
+    with pytest.raises(ValueError, match="needs an encoder with a class token"):
+        MaskedAutoencoder(encoder, plain().decoder)
 
 
 def test_channel_order_and_group_sizes() -> None:

@@ -135,7 +135,7 @@ def test_unknown_format_names_the_keys(tmp_path: Path) -> None:
 
 
 def test_missing(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match="No such file"):
+    with pytest.raises(WeightsError, match="no such file"):
         read_weights(tmp_path / "none.pth")
     with pytest.raises(WeightsError, match=r"has no encoder.safetensors"):
         read_weights(tmp_path)

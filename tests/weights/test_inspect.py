@@ -64,9 +64,9 @@ def test_run_before_its_first_checkpoint(tmp_path: Path) -> None:
 
 
 def test_refuses(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"holds neither run.json nor encoder.safetensors"):
+    with pytest.raises(WeightsError, match=r"has no encoder.safetensors"):
         describe(tmp_path)
-    with pytest.raises(WeightsError, match="No such file"):
+    with pytest.raises(WeightsError, match="no such file"):
         describe(tmp_path / "none")
     (tmp_path / "run.json").write_text("[1")
     with pytest.raises(WeightsError, match=r"cannot read .*run.json"):

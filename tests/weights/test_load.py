@@ -7,17 +7,20 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from torch.nn import functional as F
 
 from geoexplora.bands import SENTINEL2
 from geoexplora.errors import WeightsError
 from geoexplora.models.decoder import MAEDecoder
-from geoexplora.weights.convert import rgb_to_groups
+from geoexplora.weights.contract import Allowed
+from geoexplora.weights.convert import resample_kernel, rgb_to_groups
 from geoexplora.weights.files import SourceWeights, read_weights
 from geoexplora.weights.load import build_encoder, load_decoder_into, load_encoder, load_into
 from geoexplora.weights.spec import EncoderSpec
 from geoexplora.weights.write import save_decoder, save_encoder
 
 from .conftest import meta_mae, plain_vit
+from .reference import random_state
 
 
 @pytest.fixture
@@ -91,7 +94,7 @@ def test_to_another_image_and_patch_size(source: SourceWeights, rgb_spec: Encode
     )
     model = build_encoder(wanted)
     report = load_into(model, source, spec=wanted)
-    assert report.resampled == {"patch_embed.proj.weight": "patch 16 to 8", "pos_embed": "4x4 to 6x6"}
+    assert report.resampled == {"patch_embed.proj.weight": "patch 16 to 8 (pseudo-inverse)", "pos_embed": "4x4 to 6x6"}
     assert report.band_init is None
     assert torch.isfinite(model(torch.rand(1, 3, 48, 48))).all()
 
@@ -234,15 +237,90 @@ def test_other_normalization_is_told(tmp_path: Path, group_spec: EncoderSpec, ca
         load_into(model, read_weights(tmp_path), spec=group_spec)
         assert not caplog.records
         other = replace(group_spec, normalization={**group_spec.normalization, "method": "clip-float"})
+        with pytest.raises(
+            WeightsError, match=r"method clip-uint8, now clip-float(.|\n)*--allow-normalization-mismatch"
+        ):
+            load_into(model, read_weights(tmp_path), spec=other)
+        assert not caplog.records
+        load_into(model, read_weights(tmp_path), spec=other, allowed=Allowed(normalization=True))
+    assert "another normalization than asked for: method clip-uint8, now clip-float" in caplog.text
+
+
+def test_other_statistics_are_told(tmp_path: Path, group_spec: EncoderSpec) -> None:
+    model = build_encoder(group_spec)
+    save_encoder(tmp_path / "encoder.safetensors", model.state_dict(), group_spec)
+    means = [1000.0, *group_spec.normalization["mean"][1:]]
+    other = replace(group_spec, normalization={**group_spec.normalization, "mean": means})
+    with pytest.raises(WeightsError, match=r"mean of B2 1184.38, now 1000"):
         load_into(model, read_weights(tmp_path), spec=other)
-    assert "trained with other normalization" in caplog.text
 
 
-def test_file_without_architecture(tmp_path: Path) -> None:
-    torch.save({"model": plain_vit(embed_dim=64).state_dict()}, tmp_path / "odd.pth")
+@pytest.mark.parametrize("bands", [("B4", "B3", "B2"), ("B4", "B3"), ("B4", "B3", "B2", "B8")])
+def test_own_weights_of_other_bands(tmp_path: Path, bands: tuple[str, ...]) -> None:
+    """The same bands in another order are matched by name; other bands need to be allowed."""
+    sizes = {"image_size": 32, "patch_size": 8, "sensor": "sentinel-2", "normalization": {}}
+    first = EncoderSpec.of("vit_pico", bands=("B2", "B3", "B4"), **sizes)
+    wanted = EncoderSpec.of("vit_pico", bands=bands, **sizes)
+    model = build_encoder(first)
+    save_encoder(tmp_path / "encoder.safetensors", model.state_dict(), first)
+    target = build_encoder(wanted)
+    if len(bands) == 3:
+        load_into(target, read_weights(tmp_path), spec=wanted)
+        assert target.patch_embed.proj.weight.equal(model.patch_embed.proj.weight.flip(1))
+        return
+    with pytest.raises(WeightsError, match=r"--bands B2,B3,B4(.|\n)*--allow-band-mismatch"):
+        load_into(target, read_weights(tmp_path), spec=wanted)
+    report = load_into(target, read_weights(tmp_path), spec=wanted, allowed=Allowed(bands=True))
+    assert report.band_init == "rgb-by-name"
+    torch.testing.assert_close(
+        target.patch_embed.proj.weight[:, 1], model.patch_embed.proj.weight[:, 1] * 3 / len(bands)
+    )
+
+
+def test_unusual_sizes_need_the_number_of_heads(tmp_path: Path) -> None:
+    model = plain_vit(embed_dim=96, depth=2, num_heads=3)
+    torch.save({"model": model.state_dict()}, tmp_path / "odd.pth")
     assert read_weights(tmp_path / "odd.pth").spec is None
-    with pytest.raises(WeightsError, match="does not tell its architecture"):
+    with pytest.raises(WeightsError, match="how many attention heads that has does not show"):
         load_encoder(tmp_path / "odd.pth")
+    encoder, spec = load_encoder(read_weights(tmp_path / "odd.pth", heads=3))
+    image = torch.randn(1, 3, 64, 64)
+    assert spec.heads == 3
+    torch.testing.assert_close(encoder(image), model(image))
+
+
+def test_unknown_bands_are_told(tmp_path: Path) -> None:
+    torch.save({"model": plain_vit(in_chans=4).state_dict()}, tmp_path / "four.pth")
+    with pytest.raises(WeightsError, match="takes 4 bands and does not tell which"):
+        load_encoder(tmp_path / "four.pth")
+
+
+@pytest.mark.parametrize(("method", "tolerance"), [("pseudo-inverse", 0.1), ("bilinear", 0.2)])
+def test_a_picture_resized_along_with_the_patches_is_embedded_alike(method: str, tolerance: float) -> None:
+    """For kernels and pictures without detail finer than the smaller patch."""
+    coarse = torch.randn(9, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    fine = F.interpolate(coarse, (16, 16), mode="bicubic")
+    kernel, picture = fine[:8], fine[8]
+    small = F.interpolate(picture.unsqueeze(0), (8, 8), mode="bilinear", antialias=True)[0]
+    before, after = (kernel * picture).sum((1, 2, 3)), (resample_kernel(kernel, 8, method) * small).sum((1, 2, 3))
+    torch.testing.assert_close(after, before, rtol=0, atol=tolerance * float(before.abs().max()))
+
+
+def test_resizing_patches_bilinearly_is_recorded(source: SourceWeights, rgb_spec: EncoderSpec) -> None:
+    sizes = {"image_size": 48, "patch_size": 8, "sensor": "rgb", "bands": ("R", "G", "B")}
+    wanted = EncoderSpec.of("vit_pico", normalization=rgb_spec.normalization, **sizes)
+    model = build_encoder(wanted)
+    report = load_into(model, source, spec=wanted, patch_resize="bilinear")
+    assert report.patch_resize == "bilinear"
+    expected = resample_kernel(source.tensors["patch_embed.proj.weight"], 8, "bilinear")
+    torch.testing.assert_close(model.patch_embed.proj.weight.data, expected)
+
+
+def test_style_is_not_dropped(tmp_path: Path, rgb_spec: EncoderSpec) -> None:
+    torch.save(random_state(128, 8, patch=16, grid=4), tmp_path / "dinov2.pth")
+    source = read_weights(tmp_path / "dinov2.pth", heads=4)
+    with pytest.raises(WeightsError, match="another style than the model: layer scale True instead of False"):
+        load_into(build_encoder(rgb_spec), source, spec=rgb_spec)
 
 
 def test_decoder_of_meta(source: SourceWeights) -> None:
