@@ -7,15 +7,11 @@ models are known to timm from then on, whichever of the two is imported first.
 from __future__ import annotations
 
 import importlib
-import sys
-from importlib.abc import MetaPathFinder
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from importlib.machinery import ModuleSpec
-    from types import ModuleType
+from geoexplora.timm_hook import register_with_timm
 
+if TYPE_CHECKING:
     from geoexplora.datamodules import FMoWSentinelDataModule, PhotographsDataModule
     from geoexplora.datasets import FMoWSentinel, Photographs
     from geoexplora.explora import ExploraConfig, apply_explora, load_adapter, merge_lora, save_adapter
@@ -69,28 +65,4 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-class _AfterTimm(MetaPathFinder):
-    """Has the models registered with timm as soon as timm is imported; importing it for that would import torch."""
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != "timm":
-            return None
-        found = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
-        spec = next(filter(None, found), None)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def execute_and_register(module: ModuleType) -> None:
-                execute(module)
-                importlib.import_module("geoexplora.models")
-
-            spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
-        return spec
-
-
-if "timm" in sys.modules:
-    importlib.import_module("geoexplora.models")
-else:
-    sys.meta_path.insert(0, _AfterTimm())
+register_with_timm()

@@ -12,7 +12,7 @@ from geoexplora.cli import checks
 from geoexplora.cli.command import Command, Finding
 from geoexplora.cli.options import Options
 from geoexplora.cli.values import path, setting, source
-from geoexplora.weights.export_targets import TARGETS, objections
+from geoexplora.weights.exports.targets import TARGETS, objections
 
 
 @dataclass(frozen=True, kw_only=True)

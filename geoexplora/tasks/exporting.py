@@ -8,9 +8,9 @@ from pathlib import Path
 from geoexplora.errors import ConfigError, WeightsError
 from geoexplora.explora import is_adapter, read_adapter
 from geoexplora.explora.adapter import load_adapted_encoder
-from geoexplora.weights.export_base import Content
-from geoexplora.weights.export_targets import Dtype, Format, Task
-from geoexplora.weights.exports import Export, check_request, export
+from geoexplora.weights.exports.base import Content
+from geoexplora.weights.exports.export import Export, check_request, export
+from geoexplora.weights.exports.targets import Dtype, Format, Task
 from geoexplora.weights.files import read_weights
 from geoexplora.weights.formats import OWN
 from geoexplora.weights.load import load_encoder

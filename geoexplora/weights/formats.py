@@ -165,14 +165,14 @@ def read_opened(opened: Opened, hints: Hints, heads: int | None = None) -> Read:
         widen_temporal_positions(done)
     tensors, left_out = _parts(found, done.tensors)
     left_out |= {f"{name} beside its parts": "they differ, and the separate projections count" for name in done.stale}
+    account: dict[str, Any] = {"place": found.prefix, "converted": done.converted, "left_out": left_out}
+    if header := _header_of_export(opened):
+        return _with_header(opened, header, tensors, hints.format or known.name, **account)
     spec, assumed, why = _describe(label, known, hints, opened, tensors, heads)
     decoder = None
     if "decoder_embed.weight" in tensors:
         decoder = {"width": int(tensors["decoder_embed.weight"].shape[0]), "depth": _decoder_depth(tensors)}
-    return Read(
-        hints.format or known.name, spec, tensors, decoder, place=found.prefix, converted=done.converted,
-        left_out=left_out, assumed=assumed, undescribed=why,
-    )  # fmt: skip
+    return Read(hints.format or known.name, spec, tensors, decoder, assumed=assumed, undescribed=why, **account)
 
 
 def _parts(found: Found, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -209,8 +209,6 @@ def _describe(
         assumed.append("statistics of " + {IMAGENET_STATISTICS: "ImageNet", FMOW_RGB_STATISTICS: "fMoW-RGB"}.get(
             statistics, "its preprocessor_config.json"))  # fmt: skip
     heads = heads or opened.config.get("num_attention_heads")
-    if isinstance(told := opened.content.get("geoexplora"), Mapping):  # our exports for other libraries
-        return EncoderSpec.from_metadata({str(name): str(value) for name, value in told.items()}), (), ""
     try:
         spec = describe(label, shapes, sensor=sensor, bands=bands, normalization=normalization, heads=heads)
     except WeightsError as problem:
@@ -249,6 +247,18 @@ def _read_own(opened: Opened) -> Read:
             f"{opened.path} is a part of an adapter: it holds what was trained, without the weights that it adapts",
             "Merge it first: geoexplora export ADAPTER --base FILE --format safetensors --output NEW.safetensors.",
         )
+    return _with_header(opened, header, opened.content, OWN)
+
+
+def _header_of_export(opened: Opened) -> dict[str, str]:
+    """The description that our exports for other libraries carry beside their tensors; empty if there is none."""
+    told = opened.content.get(OWN, opened.config.get(OWN))
+    return {str(name): str(value) for name, value in told.items()} if isinstance(told, Mapping) else {}
+
+
+def _with_header(
+    opened: Opened, header: Mapping[str, str], tensors: Mapping[str, Tensor], form: str, **account: Any
+) -> Read:
     spec = EncoderSpec.from_metadata(header)
     try:
         decoder = dict(json.loads(header["decoder"])) if "decoder" in header else None
@@ -256,7 +266,7 @@ def _read_own(opened: Opened) -> Read:
         trained = json.loads(header["trained"]) if "trained" in header else None
     except (ValueError, TypeError) as problem:
         raise WeightsError(f"{opened.path}: damaged header ({problem})", "Take another copy of the file.") from problem
-    return Read(OWN, spec, opened.content, decoder, step, trained)
+    return Read(form, spec, tensors, decoder, step, trained, **account)
 
 
 def _unknown(opened: Opened) -> WeightsError:

@@ -147,14 +147,17 @@ def refused(geoexplora, tmp_path):
 
 def test_missing_settings(refused):
     refused(contains=["nothing to export", "--format is missing. Name one of: timm, torchgeo", "--output is missing"])
-    refused("run", "--format", "onnx", contains=["--output is missing. Name a file that ends in .onnx."])
+    refused("run", "--format", "onnx", contains=["--output is missing. Name a file that ends in .onnx, or a folder."])
 
 
 @pytest.mark.parametrize(
     ("words", "contains"),
     [
         (("--format", "timn", "--output", "a"), ["--format: expected one of timm", "'timn'"]),
-        (("--format", "onnx", "--output", "a.pt"), ["a.pt cannot hold", "Name a file that ends in .onnx."]),
+        (
+            ("--format", "onnx", "--output", "a.pt"),
+            ["a.pt cannot hold", "Name a file that ends in .onnx, or a folder."],
+        ),
         (("--format", "timm", "--output", "a", "--task", "segmentation"), ["--task", "Leave out --task"]),
         (("--format", "onnx", "--output", "a.onnx", "--dtype", "float16"), ["--dtype", "stay float32"]),
         (("--format", "timm", "--output", "a", "--dtype", "int8"), ["--dtype: expected one of float32, float16"]),

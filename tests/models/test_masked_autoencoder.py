@@ -316,7 +316,7 @@ def test_register_tokens_see_the_image_and_are_not_decoded() -> None:
     latent = model.encode(images, keep)
     assert latent.shape[1] == 1 + 3
     with torch.no_grad():
-        model.encoder.reg_token.add_(1.0)
+        model.encoder.reg_token.add_(torch.randn_like(model.encoder.reg_token))
     assert not torch.allclose(model.encode(images, keep), latent)
 
 

@@ -27,10 +27,12 @@ from geoexplora.bands import (
 from geoexplora.errors import ConfigError, RunError, WeightsError
 from geoexplora.models.decoder import MAEDecoder
 from geoexplora.registry import CUSTOM, Style
-from geoexplora.weights import export_base, exports
-from geoexplora.weights.export_base import Content, vit_outputs
-from geoexplora.weights.export_torchgeo import name_of
-from geoexplora.weights.exports import export
+from geoexplora.weights.exports import base as export_base
+from geoexplora.weights.exports import export as exports
+from geoexplora.weights.exports.base import Content, vit_outputs
+from geoexplora.weights.exports.export import export
+from geoexplora.weights.exports.satmae import SatMAEExporter
+from geoexplora.weights.exports.torchgeo import name_of
 from geoexplora.weights.files import read_weights
 from geoexplora.weights.load import build_encoder, load_encoder
 from geoexplora.weights.spec import EncoderSpec
@@ -236,7 +238,7 @@ def test_torchgeo_trains_on_it(tmp_path: Path, name: str) -> None:
     assert all(task.model.state_dict()[key].equal(value) for key, value in made.tensors.items())
 
 
-@pytest.mark.parametrize("name", ["plain", "registers", "pooled norm", "groups", "groups, fine-tuned"])
+@pytest.mark.parametrize("name", ["registers", "pooled norm", "groups", "groups, fine-tuned"])
 def test_torchgeo_segmentation(tmp_path: Path, name: str) -> None:
     from torchgeo.tasks import SemanticSegmentation
 
@@ -358,6 +360,22 @@ def test_onnx(tmp_path: Path, name: str) -> None:
         assert here.encode() not in content_bytes
 
 
+def test_onnx_keeps_large_weights_in_a_second_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    threshold = "torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD"
+    try:
+        monkeypatch.setattr(threshold, 1000)
+    except AttributeError:
+        pytest.skip("this torch does not tell from which size on")
+    made = content("plain", model=CUSTOM, sizes=(64, 1, 4))
+    done = export(made, "onnx", tmp_path / "a.onnx")
+    assert [file.name for file in done.files] == ["a.onnx", "a.onnx.data"]
+    moved = tmp_path.rename(tmp_path.with_name(f"{tmp_path.name}-moved"))
+    session = onnxruntime.InferenceSession(str(moved / "a.onnx"), providers=["CPUExecutionProvider"])
+    (features,) = session.run(["features"], {"image": images(made.spec).numpy()})
+    np.testing.assert_allclose(features, expected(made)["features"].numpy(), atol=1e-5)
+
+
 def test_onnx_without_its_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("onnx", "onnxruntime"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -437,14 +455,15 @@ def test_dpt_needs_four_blocks(tmp_path: Path) -> None:
     ("form", "output", "settings", "text"),
     [
         ("timn", "a", {}, "unknown format 'timn'\nDid you mean timm?"),
-        ("onnx", "a.pth", {}, "Name a file that ends in .onnx."),
-        ("torchgeo", "a", {}, "Name a file that ends in .ckpt or .pth."),
+        ("onnx", "a.pth", {}, "Name a file that ends in .onnx, or a folder."),
+        ("torchgeo", "a.safetensors", {}, "Name a file that ends in .ckpt or .pth, or a folder."),
+        ("torchgeo", "full", {}, "encoder.ckpt exists already"),
         ("hf-dinov2", "a.safetensors", {}, "Name a folder."),
-        ("timm", "a.onnx", {}, "Name a file that ends in .safetensors or .pth or a folder."),
+        ("timm", "a.onnx", {}, "Name a file that ends in .safetensors or .pth, or a folder."),
         ("onnx", "a.onnx", {"dtype": "float16"}, "stay float32"),
         ("timm", "a", {"task": "segmentation"}, "Leave out --task"),
         ("safetensors", "there.safetensors", {}, "exists already"),
-        ("safetensors", "full", {}, "exists already"),
+        ("timm", "full", {}, "exists already"),
         ("hf-dinov2", "there", {}, "exists already"),
         ("onnx", "half.onnx", {}, "half.onnx.data exists already"),
         ("satmae", "folder.pth", {}, "exists already"),
@@ -453,7 +472,7 @@ def test_dpt_needs_four_blocks(tmp_path: Path) -> None:
 def test_requests_that_contradict_themselves(
     tmp_path: Path, form: Any, output: str, settings: dict[str, Any], text: str
 ) -> None:
-    for name in ("there.safetensors", "there", "half.onnx.data", "full/file"):
+    for name in ("there.safetensors", "there", "half.onnx.data", "full/encoder.ckpt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("mine")
     (tmp_path / "folder.pth").mkdir()
@@ -462,6 +481,31 @@ def test_requests_that_contradict_themselves(
         export(content("plain"), form, tmp_path / output, **settings)
     assert text in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("form", "file"), [("torchgeo", "encoder.ckpt"), ("satmae", "encoder.pth"), ("safetensors", "encoder.safetensors")]
+)
+def test_formats_of_one_file_take_a_folder(tmp_path: Path, form: Any, file: str) -> None:
+    (tmp_path / "exports").mkdir()
+    (tmp_path / "exports" / "mine").write_text("mine")
+    assert export(content("plain"), form, tmp_path / "exports").path == tmp_path / "exports" / file
+    assert {path.name for path in (tmp_path / "exports").iterdir()} == {"mine", file}
+
+
+def test_a_file_in_the_way_of_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "there").write_text("mine")
+    with pytest.raises(RunError, match=r"cannot write .*there.encoder.ckpt"):
+        export(content("plain"), "torchgeo", tmp_path / "there")
+
+
+@pytest.mark.parametrize("form", ["torchgeo", "satmae", "hf-dinov2"])
+def test_an_export_is_read_back_with_its_description(tmp_path: Path, form: Any) -> None:
+    made = replace(content("ten bands"), step=7, trained=[{"part": "LoRA", "trainable": 1, "frozen": 0}])
+    source = read_weights(export(made, form, tmp_path / "out").path)
+    assert source.described().bands == made.spec.bands
+    assert source.described().normalization == made.spec.normalization
+    assert (source.step, source.trained, source.assumed) == (7, made.trained, ())
 
 
 def test_an_empty_folder_will_do(tmp_path: Path) -> None:
@@ -484,6 +528,22 @@ def test_a_difference_is_found_and_nothing_written(tmp_path: Path, form: Any, mo
     with pytest.raises(WeightsError, match=r"is not written: read back by .* differ by .* more than 1e-05"):
         export(made, form, tmp_path / PLACES[form])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rounding_that_an_encoder_amplifies_is_no_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = content("plain")
+    image = images(made.spec)
+    assert 0 < exports._rounding_error(made, image, expected(made)) < 1e-6
+    write = SatMAEExporter.write
+
+    def rounded(self: Any, exact: Content, path: Path) -> None:
+        write(self, replace(exact, tensors={key: value * (1 + 1e-4) for key, value in exact.tensors.items()}), path)
+
+    monkeypatch.setattr(SatMAEExporter, "write", rounded)
+    with pytest.raises(WeightsError, match="more than 1e-05"):
+        export(made, "satmae", tmp_path / "a.pth")
+    monkeypatch.setattr(exports, "_rounding_error", lambda *_: 1e-3)
+    assert 1e-5 < export(made, "satmae", tmp_path / "a.pth").difference < 1e-2
 
 
 def test_differences() -> None:

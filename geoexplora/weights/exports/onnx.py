@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from geoexplora.errors import WeightsError
-from geoexplora.weights.export_base import Content, Exporter, vit_outputs
+from geoexplora.weights.exports.base import Content, Exporter, vit_outputs
 
 OUTPUTS = ("tokens", "features")
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")

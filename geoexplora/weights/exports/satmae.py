@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from geoexplora.errors import WeightsError
-from geoexplora.weights.export_base import Content, Exporter, restyled, save_pickled, vit_outputs
+from geoexplora.weights.exports.base import Content, Exporter, restyled, save_pickled, vit_outputs
 from geoexplora.weights.files import read_weights
 from geoexplora.weights.load import load_encoder
 

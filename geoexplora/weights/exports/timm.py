@@ -12,11 +12,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from geoexplora.weights.export_base import Content, Exporter, save_pickled, scaling, vit_outputs
+from geoexplora.weights.exports.base import Content, Exporter, save_pickled, scaling, vit_outputs
 from geoexplora.weights.load import load_encoder
 from geoexplora.weights.write import save_encoder
 
-OWN_FILE = "encoder.safetensors"
 HUB_WEIGHTS, HUB_CONFIG = "model.safetensors", "config.json"
 
 
@@ -26,9 +25,8 @@ class SafetensorsExporter(Exporter):
     library = "geoexplora"
 
     def write(self, content: Content, path: Path) -> None:
-        """Write the file, or the file in its folder."""
-        file = path if path.suffix == ".safetensors" else path / OWN_FILE
-        save_encoder(file, content.tensors, content.spec, step=content.step, trained=content.trained)
+        """Write the file."""
+        save_encoder(path, content.tensors, content.spec, step=content.step, trained=content.trained)
 
     def outputs(self, content: Content, path: Path, image: Tensor) -> Mapping[str, Tensor]:
         """Load by ``load_encoder``."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from geoexplora.errors import WeightsError
 from geoexplora.registry import usual_mlp_width
-from geoexplora.weights.export_base import Content, Exporter, restyled, scaling
+from geoexplora.weights.exports.base import Content, Exporter, restyled, scaling
 from geoexplora.weights.spec import EncoderSpec
 
 WEIGHTS, CONFIG, PREPROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"

@@ -20,21 +20,27 @@ class Target:
 
     Attributes:
         suffixes: what a file of the format may end in; none if it is always a folder.
-        folder: whether a folder may be named.
+        folder: whether it is a folder of several files where no file is named.
     """
 
     suffixes: tuple[str, ...]
     folder: bool = False
 
     def is_folder(self, output: Path) -> bool:
-        """Whether a path is meant as a folder."""
+        """Whether a path is meant as a folder of several files."""
         return self.folder and output.suffix not in self.suffixes
+
+    def place(self, output: Path) -> Path:
+        """What to write: where a format of one file is given a folder, ``encoder`` in it."""
+        if self.folder or output.suffix in _WEIGHTS_SUFFIXES:
+            return output
+        return output / f"encoder{self.suffixes[0]}"
 
     @property
     def wanted(self) -> str:
         """What to name, for messages."""
-        file = f"a file that ends in {' or '.join(self.suffixes)}" if self.suffixes else ""
-        return " or ".join([file] * bool(file) + ["a folder"] * self.folder)
+        file = f"a file that ends in {' or '.join(self.suffixes)}, or " if self.suffixes else ""
+        return f"{file}a folder"
 
 
 TARGETS: dict[str, Target] = {
@@ -42,7 +48,7 @@ TARGETS: dict[str, Target] = {
     "torchgeo": Target((".ckpt", ".pth")),
     "hf-dinov2": Target((), folder=True),
     "satmae": Target((".pth",)),
-    "safetensors": Target((".safetensors",), folder=True),
+    "safetensors": Target((".safetensors",)),
     "onnx": Target((".onnx",)),
 }
 
@@ -70,7 +76,8 @@ def objections(form: Format, output: str | Path, task: Task | None, dtype: Dtype
         task: TorchGeo's task, for ``torchgeo``.
         dtype: type of the stored weights.
     """
-    target, path = TARGETS[form], Path(output)
+    target = TARGETS[form]
+    path = target.place(Path(output))
     folder = target.is_folder(path)
     if task is not None and form != "torchgeo":
         remedy = f"Leave out --task: weights of format {form} serve every task."

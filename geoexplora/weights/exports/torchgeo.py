@@ -12,7 +12,7 @@ from torch import Tensor
 from geoexplora.errors import WeightsError
 from geoexplora.models.geometry import Geometry
 from geoexplora.registry import CUSTOM
-from geoexplora.weights.export_base import Content, Exporter, save_pickled, vit_outputs
+from geoexplora.weights.exports.base import Content, Exporter, save_pickled, vit_outputs
 from geoexplora.weights.spec import EncoderSpec
 
 CLASSIFICATION_PREFIX = "model."
