@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from geoexplora.bands import SENSORS, Sensor, resolve_groups
+from geoexplora.bands import SENSORS, Sensor, nearest, resolve_groups
 from geoexplora.cli.command import Check, Finding
 from geoexplora.cli.processes import is_first_process
 from geoexplora.errors import ConfigError
 from geoexplora.registry import DATASETS, FROM_SOURCE, MODELS, Architecture, look_up, resolve_blocks
 from geoexplora.weights.sources.addresses import exists as path_exists
-from geoexplora.weights.sources.shortcuts import looks_fetchable
+from geoexplora.weights.sources.shortcuts import SHORTCUTS, looks_fetchable
 
 
 def _found(problem: ConfigError, *keys: str, option: str = "") -> Finding:
@@ -168,7 +168,12 @@ def start(options: Any) -> Iterator[Finding]:
 def exists(options: Any) -> Iterator[Finding]:
     """The file or folder of ``--init`` is there, or it is something that can be fetched."""
     if options.init is not None and not path_exists(Path(options.init)) and not looks_fetchable(options.init):
-        yield Finding(("init",), f"--init {options.init}: no such file or run folder, and no known name of weights.")
+        near = nearest(options.init, SHORTCUTS)
+        yield Finding(
+            ("init",),
+            f"--init {options.init}: no such file or run folder, and no known name of weights. {near}Check the path, or"
+            " give an address (https://, hf://), a shortcut such as dinov2-vitl14, or TorchGeo's or timm's name.",
+        )
 
 
 def whole_blocks(options: Any) -> Iterator[Finding]:

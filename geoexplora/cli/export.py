@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -44,7 +44,8 @@ def _named(options: ExportOptions) -> Iterator[Finding]:
     if options.init is None:
         yield Finding(("init",), "nothing to export. Name a run folder, a weights file or an adapter.", "unready")
     else:
-        yield from checks.exists(options)
+        for finding in checks.exists(options):
+            yield replace(finding, text=finding.text.removeprefix("--init "))
 
 
 def _possible(options: ExportOptions) -> Iterator[Finding]:
@@ -87,6 +88,8 @@ def run(options: ExportOptions) -> int:
         f" {spec.normalization['method']}",
         f"load: {done.usage}",
     ]
+    if done.without_decoder:
+        lines.insert(1, f"left out: the source's decoder, for which weights of format {options.format} have no place")
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from geoexplora.explora.config import ExploraConfig
 from geoexplora.explora.merge import merge_lora
 from geoexplora.weights.atomic import atomic_path, write_text
 from geoexplora.weights.contract import Allowed
-from geoexplora.weights.files import SourceWeights, read_weights
+from geoexplora.weights.files import read_weights
 from geoexplora.weights.load import build_encoder, load_into
+from geoexplora.weights.source_weights import SourceWeights
 from geoexplora.weights.spec import EncoderSpec
 
 TRAINED_FILE = "trained.safetensors"
@@ -80,7 +82,9 @@ def save_adapter(folder: Path, encoder: Any, config: ExploraConfig, spec: Encode
 
 def is_adapter(folder: Path) -> bool:
     """Whether a folder is an adapter that ``save_adapter`` wrote."""
-    return (folder / TRAINED_FILE).is_file()
+    with suppress(OSError):  # a folder that may not be read is told when it is
+        return (folder / TRAINED_FILE).is_file()
+    return False
 
 
 def read_adapter(folder: Path) -> tuple[EncoderSpec, ExploraConfig, dict[str, Tensor]]:

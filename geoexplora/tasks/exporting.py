@@ -12,7 +12,6 @@ from geoexplora.weights.exports.base import Content
 from geoexplora.weights.exports.export import Export, check_request, export
 from geoexplora.weights.exports.targets import Dtype, Format, Task
 from geoexplora.weights.files import read_weights
-from geoexplora.weights.formats import OWN
 from geoexplora.weights.load import load_encoder
 
 
@@ -59,7 +58,7 @@ def _content(source: str | Path, base: str | Path | None) -> Content:
         )
     weights = read_weights(source)
     encoder, spec = load_encoder(weights)
-    if weights.format != OWN and spec.source is None:
+    if not weights.told:
         spec = replace(spec, source=weights.record())
     return Content(
         spec, encoder.state_dict(), weights.decoder_tensors, weights.decoder, weights.step, weights.trained

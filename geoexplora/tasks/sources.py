@@ -12,8 +12,8 @@ from geoexplora.datamodules.sampling import generator
 from geoexplora.errors import ConfigError
 from geoexplora.registry import FROM_SOURCE, Style
 from geoexplora.weights.contract import Allowed
-from geoexplora.weights.files import SourceWeights
 from geoexplora.weights.load import load_decoder_into, load_into
+from geoexplora.weights.source_weights import SourceWeights
 from geoexplora.weights.spec import EncoderSpec
 
 log = logging.getLogger(__name__)

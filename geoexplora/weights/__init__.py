@@ -7,17 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from geoexplora.weights.contract import Allowed
-    from geoexplora.weights.files import SourceWeights, read_weights
+    from geoexplora.weights.files import read_weights
     from geoexplora.weights.load import build_encoder, load_decoder_into, load_encoder, load_into
     from geoexplora.weights.report import LoadReport
+    from geoexplora.weights.source_weights import SourceWeights
     from geoexplora.weights.spec import EncoderSpec
     from geoexplora.weights.write import save_encoder
 
 _HOMES = {
     "contract": ("Allowed",),
-    "files": ("SourceWeights", "read_weights"),
+    "files": ("read_weights",),
     "load": ("build_encoder", "load_decoder_into", "load_encoder", "load_into"),
     "report": ("LoadReport",),
+    "source_weights": ("SourceWeights",),
     "spec": ("EncoderSpec",),
     "write": ("save_encoder",),
 }

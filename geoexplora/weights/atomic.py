@@ -17,26 +17,28 @@ from geoexplora.errors import RunError
 _UNFINISHED = re.compile(r"\..*\.tmp|\.tmp[A-Za-z0-9]{6}")
 """Names of unfinished files: our own, and those of safetensors, which writes to one more beside ours."""
 
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORBIDDEN = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
-def write_failure(path: Path, problem: OSError) -> RunError:
+def write_failure(path: Path, problem: OSError, *, resumable: bool = True) -> RunError:
     """The error to raise when writing failed, with a remedy for the usual reasons.
 
     Args:
         path: what was to be written.
         problem: what the operating system said.
+        resumable: whether it is a run, which can be gone on with.
     """
     reason = problem.strerror or str(problem)
+    again = "go on with --resume. What was written before is untouched." if resumable else "try again."
     if problem.errno in _FULL:
-        remedy = "Free some space or raise the quota, then go on with --resume. What was written before is untouched."
+        remedy = f"Free some space or raise the quota, then {again}"
     elif problem.errno in _FORBIDDEN:
         remedy = "Make the folder writable, or name another one with --output."
     elif problem.errno in {errno.ENOTDIR, errno.EEXIST}:
         remedy = "A file stands where a folder is needed: move it away, or name another folder with --output."
     else:
-        remedy = "Check the disk and the path, then go on with --resume. What was written before is untouched."
+        remedy = f"Check the disk and the path, then {again}"
     return RunError(f"cannot write {path}: {reason}", remedy)
 
 

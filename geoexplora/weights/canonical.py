@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isqrt
 
 import torch
 from torch import Tensor
@@ -38,7 +39,7 @@ _HUB_RENAMES = tuple(
         (r"^embeddings\.(cls_token|mask_token)$", r"\1"),
         (r"^layernorm\.", "norm."),
         (r"^encoder\.layer\.(\d+)\.", r"blocks.\1."),
-        (r"\.attention\.attention\.(q)uery\.|\.attention\.q_proj\.", ".attn.q_proj."),
+        (r"\.attention\.attention\.query\.|\.attention\.q_proj\.", ".attn.q_proj."),
         (r"\.attention\.attention\.key\.|\.attention\.k_proj\.", ".attn.k_proj."),
         (r"\.attention\.attention\.value\.|\.attention\.v_proj\.", ".attn.v_proj."),
         (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
@@ -66,20 +67,22 @@ class Canonical:
     stale: list[str] = field(default_factory=list)
 
 
-def to_canonical(tensors: Mapping[str, Tensor], *, hub_names: bool, label: str) -> Canonical:
+def to_canonical(tensors: Mapping[str, Tensor], *, hub_names: bool, label: str, as_timm: bool = False) -> Canonical:
     """Rename to timm's names and put separate projections together.
 
     Args:
         tensors: tensors of DINOv2 (Meta's, timm's or Hugging Face's names), of MAE, SatMAE or ExPLoRA.
         hub_names: whether the names are those of Hugging Face's transformers.
         label: the file's name, for messages.
+        as_timm: whether the position encoding is known to have timm's rows.
 
     Returns:
         Canonical tensors: ``blocks.N.attn.qkv`` fused, ``mlp.fc1/fc2``, ``reg_token``; with registers the position
         encoding has no row for the class token, as in timm.
 
     Raises:
-        WeightsError: if two tensors mean the same, or a part of a projection is missing.
+        WeightsError: if two tensors mean the same, a part of a projection is missing, or the rows of the position
+            encoding can be understood in two ways.
     """
     named: dict[str, Tensor] = {}
     for name, value in tensors.items():
@@ -89,7 +92,8 @@ def to_canonical(tensors: Mapping[str, Tensor], *, hub_names: bool, label: str) 
         named[new] = value
     done = Canonical(named)
     _fuse(done, label)
-    _fold_class_position(done)
+    if not as_timm and "patch_embed.proj.weight" in named:
+        _settle_position_rows(done, label)
     return done
 
 
@@ -122,18 +126,40 @@ def _fuse(done: Canonical, label: str) -> None:
         done.converted[new] = f"{', '.join(parts)} put together"
 
 
-def _fold_class_position(done: Canonical) -> None:
-    """With registers timm adds no position to the class token: Meta's row for it goes into the token itself."""
+def _settle_position_rows(done: Canonical, label: str) -> None:
+    """Give a plain ViT the rows that timm's model has: with registers those of the patches, else the class token's too.
+
+    Rows of class and register tokens are added to the tokens themselves, which is what the model would do.
+    """
     registers, position = done.tensors.get("reg_token"), done.tensors.get("pos_embed")
-    if registers is None or position is None or position.ndim != 3 or "patch_embed.proj.weight" not in done.tensors:
+    if position is None or position.ndim != 3:
         return
-    side = round((position.shape[1] - 1) ** 0.5)
-    if side * side != position.shape[1] - 1 or position.shape[1] == 1:
-        return  # timm's own files have no such row
-    done.tensors["cls_token"] = done.tensors["cls_token"] + position[:, :1]
-    done.tensors["pos_embed"] = position[:, 1:]
+    count, rows = 0 if registers is None else registers.shape[1], position.shape[1]
+    fitting = [prefix for prefix in sorted({0, 1, 1 + count}) if rows - prefix >= 4 and _is_square(rows - prefix)]
+    if len(fitting) > 1:
+        raise WeightsError(
+            f"{label}: {rows} rows of positions beside {count} register tokens can be understood in two ways",
+            "Load it in the library that wrote it, and save it at another image size.",
+        )
+    if not fitting or fitting == [0 if count else 1]:
+        return
+    if not count:  # timm's deit3: a class token without position
+        done.tensors["pos_embed"] = torch.cat([torch.zeros_like(position[:, :1]), position], dim=1)
+        done.converted["pos_embed"] = "with a zero row for the class token, which has no position there"
+        return
+    prefix = fitting[0]
+    # In single precision: the sum of two 16-bit numbers is not one
+    done.tensors["cls_token"] = done.tensors["cls_token"].float() + position[:, :1].float()
     done.converted["cls_token"] = "its row of the position encoding added"
-    done.converted["pos_embed"] = "without the class token's row"
+    if prefix > 1 and registers is not None:
+        done.tensors["reg_token"] = registers.float() + position[:, 1:prefix].float()
+        done.converted["reg_token"] = "their rows of the position encoding added"
+    done.tensors["pos_embed"] = position[:, prefix:]
+    done.converted["pos_embed"] = "without the rows of the class token" + " and the registers" * (prefix > 1)
+
+
+def _is_square(number: int) -> bool:
+    return isqrt(number) ** 2 == number
 
 
 def widen_temporal_positions(done: Canonical) -> None:

@@ -102,21 +102,24 @@ def convert_bands(
         WeightsError: if the kernel is not for the source bands.
     """
     look_up("policy for new bands", policy, BAND_POLICIES)
+    kernel = kernel.float()
     if kernel.ndim != 4 or kernel.shape[1] != len(source):
         names = ", ".join(band.name for band in source)
         raise WeightsError(
             f"a patch embedding of shape {tuple(kernel.shape)} is not for the {len(source)} bands {names}",
             "The weights file does not match its description: take another copy.",
         )
+    fresh = kernel.new_empty(kernel.shape[0], len(target), *kernel.shape[2:])
     if policy == "random":
-        fresh = kernel.new_empty(kernel.shape[0], len(target), *kernel.shape[2:])
         nn.init.xavier_uniform_(fresh.flatten(1), generator=generator)
-        return fresh
-    mean = kernel.mean(dim=1)
+    scale, mean = len(source) / len(target), kernel.mean(dim=1)
     slices = []
-    for band in target:
+    for position, band in enumerate(target):
         if band in source:
             slices.append(kernel[:, source.index(band)])
+            continue
+        if policy == "random":
+            slices.append(fresh[:, position] / scale)  # as drawn, once all is scaled
             continue
         if policy == "nearest-wavelength":
             distances = [abs(other.wavelength - band.wavelength) for other in source]
@@ -124,7 +127,7 @@ def convert_bands(
             continue
         same = [index for index, other in enumerate(source) if other.common_name == band.common_name]
         slices.append(kernel[:, same[0]] if policy == "rgb-by-name" and len(same) == 1 else mean)
-    return torch.stack(slices, dim=1) * (len(source) / len(target))
+    return torch.stack(slices, dim=1) * scale
 
 
 def rgb_to_groups(

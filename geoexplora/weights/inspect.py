@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from geoexplora.errors import WeightsError
-from geoexplora.weights.files import ENCODER_FILE, SourceWeights, read_weights
+from geoexplora.weights.files import read_weights
+from geoexplora.weights.source_weights import ENCODER_FILE, SourceWeights
 from geoexplora.weights.spec import EncoderSpec
 from geoexplora.weights.write import is_decoder
 

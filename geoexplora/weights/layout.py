@@ -18,6 +18,7 @@ from geoexplora.errors import WeightsError
 
 _ANCHOR = "cls_token"
 _HUB_ANCHOR = "embeddings.cls_token"
+_DEEPEST = 8
 _NOT_A_MODEL = {"optimizer", "optimizer_states", "lr_schedulers", "scaler", "callbacks", "loops"}
 _MODEL_PART = re.compile(r"(blocks|patch_embed|norm|pos_embed|cls_token|channel_embed|decoder_\w+)\b")
 
@@ -49,8 +50,8 @@ def find_model(content: Mapping[str, Any], path: Any) -> Found | None:
         path: the file, for messages.
 
     Returns:
-        The model; ``None`` if nothing in the file looks like a vision transformer. Of several, a teacher comes before a
-        student and before a momentum copy.
+        The model; ``None`` if nothing in the file looks like a vision transformer. Of several, averaged weights
+        (teacher, EMA) come first, a student's and a momentum copy last.
 
     Raises:
         WeightsError: if a part of the model is no tensor, or the model carries LoRA that is not merged, or the file
@@ -85,18 +86,21 @@ def find_model(content: Mapping[str, Any], path: Any) -> Found | None:
     return Found(tensors, prefix, outside, hub_names, content)
 
 
-def _flatten(content: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _flatten(content: Mapping[Any, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
     """Names and values of everything in nested mappings, but for what belongs to the training and not to a model."""
+    if depth > _DEEPEST:  # a damaged file may hold itself
+        return
     for name, value in content.items():
         if not isinstance(name, str) or (not prefix and name in _NOT_A_MODEL):
             continue
         if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
+            yield from _flatten(value, f"{prefix}{name}.", depth + 1)
         else:
             yield prefix + name, value
 
 
-def _rank(anchor: str) -> tuple[bool, bool, int]:
+def _rank(anchor: str) -> tuple[bool, bool, int, str]:
     """Order of several models in one file: averaged weights first, copies of training last, then the outermost."""
     words = set(re.split(r"[._]", anchor))
-    return "teacher" not in words, bool(words & {"student", "momentum", "target"}), anchor.count(".")
+    copies = bool(words & {"student", "momentum", "target"})
+    return not words & {"teacher", "ema"}, copies, anchor.count("."), anchor

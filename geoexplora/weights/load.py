@@ -15,16 +15,19 @@ import torch
 from torch import Tensor, nn
 
 from geoexplora.errors import WeightsError
+from geoexplora.registry import CUSTOM, FROM_SOURCE
 from geoexplora.weights.adapt import Adaptation, adapt_decoder, adapt_encoder
 from geoexplora.weights.contract import Allowed, check_contract
-from geoexplora.weights.files import SourceWeights, read_weights
-from geoexplora.weights.formats import OWN
+from geoexplora.weights.files import read_weights
 from geoexplora.weights.report import LoadReport
+from geoexplora.weights.source_weights import SourceWeights
 from geoexplora.weights.spec import EncoderSpec
 from geoexplora.weights.write import not_finite
 
 log = logging.getLogger(__name__)
 
+
+_FLOATS = {torch.float32, torch.float16, torch.bfloat16, torch.float64}
 
 _STYLE = ("layer_scale", "registers", "swiglu", "mlp_width")
 _GROUP_STYLE = ("channel_width", "class_token_encoding")
@@ -49,7 +52,7 @@ def build_encoder(spec: EncoderSpec) -> nn.Module:
 def load_encoder(source: str | Path | SourceWeights) -> tuple[nn.Module, EncoderSpec]:
     """Read an encoder and build it, ready for features.
 
-    The weights stay mapped from their file (copy on write): memory holds them once, and only when they are used.
+    Weights in single precision stay mapped from their file (copy on write): memory holds them once, when they are used.
 
     Args:
         source: what :func:`geoexplora.weights.files.read_weights` takes or returns.
@@ -115,7 +118,7 @@ def load_into(
     _check_finite(label, tensors)
     if described is not None and spec is not None:
         _check_architecture(label, described, spec)
-        check_contract(label, described, spec, told=source.format == OWN, allowed=allowed or Allowed())
+        check_contract(label, described, spec, told=source.told, allowed=allowed or Allowed())
     adaptation = adapt_encoder(
         model, tensors, described, spec, policy, generator, label=label, patch_resize=patch_resize
     )
@@ -203,7 +206,11 @@ def _finish(
     }
     if any(not_allowed.values()):
         problems = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in not_allowed.items() if names)
-        raise WeightsError(f"{label} does not fit the model: {problems}", _remedy(described))
+        raise WeightsError(
+            f"{label} does not fit the model: {problems}",
+            "It is another kind of vision transformer, has other sizes, or is damaged. In Python,"
+            " geoexplora.weights.load_into(..., allow_missing=[...], allow_unexpected=[...]) allows tensors by name.",
+        )
     if assign:
         loaded = {name: nn.Parameter(value.float()) for name, value in loaded.items()}
     model.load_state_dict(loaded, strict=False, assign=assign)
@@ -218,6 +225,12 @@ def _finish(
 
 
 def _check_finite(label: str, tensors: Mapping[str, Tensor]) -> None:
+    if strange := [name for name, value in tensors.items() if value.dtype not in _FLOATS or value.is_meta]:
+        kinds = ", ".join(sorted({str(tensors[name].dtype).removeprefix("torch.") for name in strange}))
+        raise WeightsError(
+            f"{len(strange)} tensors of {label} are of type {kinds}: {_some(strange)}",
+            "Weights must be float32, float16, bfloat16 or float64: convert them with the code that made them.",
+        )
     if bad := not_finite(tensors):
         raise WeightsError(
             f"{len(bad)} tensors of {label} hold NaN or Inf: {_some(bad)}",
@@ -250,9 +263,8 @@ def _check_architecture(label: str, source: EncoderSpec, target: EncoderSpec) ->
 
 
 def _remedy(described: EncoderSpec | None) -> str:
-    if described is None:
-        return "Build the model with the sizes of the weights, or allow single tensors by name."
-    return f"Build the model with the sizes of the weights: --model {described.model}."
+    model = FROM_SOURCE if described is None or described.model == CUSTOM else described.model
+    return f"Build the model with the sizes of the weights: --model {model}."
 
 
 def _allowed(name: str, patterns: Iterable[str]) -> bool:

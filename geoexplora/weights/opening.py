@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
+import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -93,6 +95,8 @@ def open_file(path: Path) -> Opened:
         raise WeightsError(f"cannot read {path}: {problem.strerror}", "Check the path.") from problem
     if start[8:9] == b"{":
         return _open_safetensors(path)
+    if path.suffix == ".onnx":
+        raise WeightsError(f"{path} is a graph of ONNX, from which no weights are read", "Name what it was made from.")
     if not start.startswith((b"PK", b"\x80")):  # a zip archive, or torch's older pickles
         raise _damaged(path, "it starts like no format of weights")
     return _open_pickle(path)
@@ -111,16 +115,18 @@ def _open_safetensors(path: Path) -> Opened:
 def _open_pickle(path: Path) -> Opened:
     try:
         # Training checkpoints of MAE and its descendants keep their command line as a Namespace, which is harmless
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as problem:
         if "weights_only" not in str(problem).lower():
             raise _damaged(path, problem) from problem
+        code = re.search(r"GLOBAL ([\w.]+)", str(problem))
+        named = f" ({code[1]})" if code else ""
         raise WeightsError(
-            f"{path} could only be read by running code stored in it, which is refused: {_first_line(problem)}",
+            f"{path} could only be read by running code stored in it{named}, which is refused",
             "If you trust it, load it yourself and save its state dict with safetensors.torch.save_file.",
         ) from problem
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, SafetensorError) as problem:
+    except Exception as problem:  # a damaged pickle is a damaged program: it may fail in any way
         raise _damaged(path, problem) from problem
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds a {type(content).__name__}, not a state dict", "Name a weights file.")

@@ -210,6 +210,8 @@ def _encode(value: Any) -> str:
 
 
 def _decode(name: str, text: str) -> Any:
+    if name == "pool" and text not in {"mean", "cls"}:
+        raise ValueError(f"{text!r} is neither mean nor cls")
     if name in _TEXT:
         return text
     value = json.loads(text)
@@ -225,7 +227,19 @@ def _decode(name: str, text: str) -> Any:
         return bool(value)
     if not isinstance(value, dict):
         raise TypeError(f"{value!r} is not a set of values")
+    if name == "normalization" and value:
+        _check_normalization(value)
     return Style.from_dict(value) if name == "style" else value
+
+
+def _check_normalization(stored: Mapping[str, Any]) -> None:
+    if set(stored) != {"method", "bands", "mean", "std"}:
+        raise ValueError(f"it has {', '.join(sorted(stored))} instead of method, bands, mean and std")
+    lists = [stored[name] for name in ("bands", "mean", "std")]
+    if not all(isinstance(one, list) and len(one) == len(lists[0]) for one in lists):
+        raise ValueError("bands, mean and std are not of one length")
+    if not all(isinstance(value, int | float) for one in lists[1:] for value in one):
+        raise ValueError("mean and std are not numbers")
 
 
 def _custom(sizes: tuple[int, int, int]) -> Architecture:

@@ -31,7 +31,7 @@ def _imported(code: str) -> set[str]:
         "from geoexplora.cli.main import main; main(['pretrain', '--dataset', 'fmow-sentinel', '--print-config'])",
         "from geoexplora.cli.main import main; main(['pretrain', '--resume', 'nowhere'])",
         "from geoexplora.cli.main import main; main(['inspect', 'nowhere'])",
-    "from geoexplora.cli.main import main; main(['export', './nowhere', '--format', 'timm', '--output', 'a'])",
+        "from geoexplora.cli.main import main; main(['export', './nowhere', '--format', 'timm', '--output', 'a'])",
     ],
 )
 def test_nothing_heavy_is_imported(code):

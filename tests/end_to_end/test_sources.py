@@ -247,7 +247,7 @@ def test_no_network(tmp_path: Path, pretrain: Any, monkeypatch: pytest.MonkeyPat
     refuses(pretrain(tmp_path / "run", "--init", init), "no network", "Download the file elsewhere")
 
 
-def test_other_bands_and_normalization(tmp_path: Path, pretrain: Any, explora_run: Path) -> None:
+def test_other_bands_and_normalization(tmp_path: Path, pretrain: Any, geoexplora: Any, explora_run: Path) -> None:
     words = ("--init", explora_run, "--max-steps", 1, "--effective-batch-size", 4)
     other = ("--normalization", "clip-float")
     refuses(
@@ -261,6 +261,10 @@ def test_other_bands_and_normalization(tmp_path: Path, pretrain: Any, explora_ru
         "--bands B2,B3,B4,B5,B6,B7,B8,B8A,B11,B12",
     )
     plain = ("--groups", "none", "--image-size", "16")
+    exported = geoexplora("export", explora_run, "--format", "torchgeo", "--output", tmp_path / "a.ckpt")
+    assert exported.status == 0, exported.err
+    assert "left out: the source's decoder" in exported.out
+    refuses(pretrain(tmp_path / "d", "--init", tmp_path / "a.ckpt", *other), "--allow-normalization-mismatch")
     first = pretrain(tmp_path / "plain", "--mode", "scratch", "--bands", "B2,B3,B4", *plain, "--max-steps", 1)
     assert first.status == 0, first.err
     words = ("--init", tmp_path / "plain", "--bands", "B4,B8", *plain, "--max-steps", 1)

@@ -31,8 +31,9 @@ from geoexplora.explora import (
 from geoexplora.explora.adapter import CONFIG_FILE, LORA_FILE, TRAINED_FILE
 from geoexplora.models.linear import use_fast_linears
 from geoexplora.registry import Style
-from geoexplora.weights.files import SourceWeights, read_weights
+from geoexplora.weights.files import read_weights
 from geoexplora.weights.load import build_encoder, load_into
+from geoexplora.weights.source_weights import SourceWeights
 from geoexplora.weights.spec import EncoderSpec
 
 from .conftest import ENCODERS, PLAIN, SIZES, fill_lora, images_for, plain_encoder, randomize, trainable

@@ -18,7 +18,7 @@ from geoexplora.errors import RunError
 from geoexplora.runs.checkpoint import AtomicCheckpointIO, find_checkpoint
 from geoexplora.runs.folder import RunFolder
 from geoexplora.runs.metrics import Metrics, read_metrics
-from geoexplora.weights.files import open_file
+from geoexplora.weights.opening import open_file
 from geoexplora.weights.spec import EncoderSpec
 from geoexplora.weights.write import save_encoder
 

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import logging
 import os
 import pickle
+import random
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from geoexplora.bands import IMAGENET_STATISTICS
 from geoexplora.errors import WeightsError
 from geoexplora.transforms.normalization import Normalization
 from geoexplora.weights.files import read_weights
+from geoexplora.weights.load import load_encoder
 from geoexplora.weights.spec import EncoderSpec
 from geoexplora.weights.write import save_decoder, save_encoder
 
@@ -85,7 +88,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
             return os.mkdir, (str(tmp_path / "attacked"),)
 
     torch.save({"model": Attack()}, tmp_path / "attack.pth")
-    with pytest.raises(WeightsError, match="running code stored in it, which is refused"):
+    with pytest.raises(WeightsError, match=r"running code stored in it \(posix.mkdir\), which is refused"):
         read_weights(tmp_path / "attack.pth")
     (tmp_path / "bare.pkl").write_bytes(pickle.dumps({"model": Attack()}))
     with pytest.raises(WeightsError):
@@ -111,6 +114,61 @@ def test_not_weights(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "file.pth").write_bytes(content)
     with pytest.raises(WeightsError, match=r"file\.pth"):
         read_weights(tmp_path / "file.pth")
+
+
+def test_damaged_pickles_never_crash(tmp_path: Path) -> None:
+    """Bytes changed at random, by seed: refused or read, never an error that is not ours."""
+    torch.save(meta_mae(decoder=False, image_size=16), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    (tmp_path / "short.pth").write_bytes(b"\x80\x02.")
+    with pytest.raises(WeightsError, match=r"short\.pth"):
+        read_weights(tmp_path / "short.pth")
+    whole = (tmp_path / "old.pth").read_bytes()
+    for seed in range(60):
+        draw = random.Random(seed)
+        content = bytearray(whole)
+        for _ in range(20):
+            content[draw.randrange(4000)] = draw.randrange(256)
+        (tmp_path / "odd.pth").write_bytes(content)
+        with contextlib.suppress(WeightsError):
+            read_weights(tmp_path / "odd.pth")
+
+
+def test_a_file_that_holds_itself(tmp_path: Path) -> None:
+    content: dict[str, object] = {}
+    content["model"] = content
+    torch.save(content, tmp_path / "loop.pth")
+    with pytest.raises(WeightsError, match="no known format"):
+        read_weights(tmp_path / "loop.pth")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.float8_e4m3fn])
+def test_tensors_that_are_no_weights(tmp_path: Path, dtype: torch.dtype) -> None:
+    content = meta_mae(decoder=False)
+    content["model"]["norm.bias"] = torch.zeros(128).to(dtype)
+    torch.save(content, tmp_path / "odd.pth")
+    with pytest.raises(WeightsError, match=r"1 tensors of .*odd.pth are of type \w+: norm.bias"):
+        load_encoder(tmp_path / "odd.pth")
+
+
+def test_parts_of_a_run_that_are_no_encoder(tmp_path: Path, rgb_spec: EncoderSpec) -> None:
+    save_decoder(tmp_path / "decoder.safetensors", {"mask_token": torch.ones(1, 1, 4)}, rgb_spec, {"width": 4})
+    with pytest.raises(WeightsError, match=r"is the decoder of a run\nName the run's folder"):
+        read_weights(tmp_path / "decoder.safetensors")
+    torch.save({"geoexplora_source": None, "state_dict": {}}, tmp_path / "last.ckpt")
+    with pytest.raises(WeightsError, match=r"is a checkpoint of a run(.|\n)*Name the run's folder"):
+        read_weights(tmp_path / "last.ckpt")
+    (tmp_path / "a.onnx").write_bytes(b"\x08\x08anything")
+    with pytest.raises(WeightsError, match="graph of ONNX"):
+        read_weights(tmp_path / "a.onnx")
+
+
+def test_what_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: object) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_dir", forbidden)
+    with pytest.raises(WeightsError, match=r"cannot read .*: Permission denied"):
+        read_weights(tmp_path)
 
 
 def test_corrupt_header(tmp_path: Path, rgb_spec: EncoderSpec) -> None:

@@ -20,8 +20,10 @@ from torch import Tensor
 from geoexplora.bands import FMOW_RGB_STATISTICS, FMOW_SENTINEL_BANDS, IMAGENET_STATISTICS
 from geoexplora.errors import WeightsError
 from geoexplora.registry import Style
+from geoexplora.weights.describe import describe, shapes_of
 from geoexplora.weights.files import read_weights
 from geoexplora.weights.load import load_encoder
+from geoexplora.weights.sources.shortcuts import Hints
 
 from . import reference
 from .reference import State, random_state, split_projections, to_huggingface
@@ -104,7 +106,7 @@ def test_dinov2_is_described(tmp_path: Path) -> None:
     assert (spec.image_size, spec.patch_size, spec.style) == (56, 14, Style(layer_scale=True, registers=4))
     assert (spec.timm_name, spec.timm_args) == ("vit_small_patch14_reg4_dinov2", {"img_size": 56, "num_classes": 0})
     assert spec.normalization["mean"] == list(IMAGENET_STATISTICS.mean)
-    assert source.assumed == ("bands red, green, blue", "statistics of ImageNet")
+    assert source.assumed == ("bands red, green, blue", "statistics of ImageNet", "6 attention heads")
     assert source.left_out == {"mask_token": "stands for hidden patches in DINOv2's pre-training"}
     stock = timm.create_model(spec.timm_name, **spec.timm_args)
     stock.load_state_dict(source.encoder_tensors, strict=True)
@@ -183,7 +185,7 @@ def test_timm_model_with_its_head(tmp_path: Path) -> None:
     assert source.format == "timm"
     assert source.left_out == dict.fromkeys(["head.weight", "head.bias"], "a head of the source's task")
     assert (source.described().model, source.described().heads) == ("custom", 3)
-    assert "3 attention heads, 64 wide" in source.assumed
+    assert "3 attention heads" in source.assumed
     images = torch.randn(2, 3, 48, 48)
     torch.testing.assert_close(tokens_of(tmp_path / "model.safetensors", images), model.forward_features(images))
 
@@ -212,6 +214,20 @@ def test_checkpoint_of_torchgeo(tmp_path: Path, key: str) -> None:
     assert (source.format, source.place) == ("torchgeo", f"state_dict.{prefix}")
     images = torch.randn(1, 3, 32, 32)
     torch.testing.assert_close(tokens_of(tmp_path / "last.ckpt", images), model.forward_features(images))
+
+
+def test_masked_encoder_of_lightly(tmp_path: Path) -> None:
+    from lightly.models.modules import MaskedVisionTransformerTIMM
+
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=0).eval()
+    torch.save({"state_dict": MaskedVisionTransformerTIMM(vit=model).state_dict()}, tmp_path / "lightly.pth")
+    source = read_weights(tmp_path / "lightly.pth")
+    assert (source.place, source.left_out) == (
+        "state_dict.vit.",
+        {"state_dict.mask_token": "stands outside state_dict.vit"},
+    )
+    images = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(tokens_of(tmp_path / "lightly.pth", images), model.forward_features(images))
 
 
 def test_pooled_norm_of_timm(tmp_path: Path) -> None:
@@ -291,6 +307,92 @@ def test_satmae_rgb_has_its_own_statistics(tmp_path: Path) -> None:
     source = read_weights(tmp_path / "fmow_pretrain.pth")
     assert source.format == "satmae-rgb"
     assert source.described().normalization["std"] == list(FMOW_RGB_STATISTICS.std)
+
+
+def test_heads_that_a_folder_of_timm_states(tmp_path: Path) -> None:
+    from timm.models import save_for_hf
+
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=128, depth=8, num_heads=2, num_classes=0)
+    save_for_hf(model.eval(), tmp_path, safe_serialization=True, model_args={"num_heads": 2})
+    assert read_weights(tmp_path).described().heads == 2
+    images = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(tokens_of(tmp_path, images), model.forward_features(images))
+    small = timm.create_model("test_vit", num_classes=0).eval()  # two heads 32 wide, said by its name only
+    save_for_hf(small, tmp_path / "named", safe_serialization=True)
+    images = torch.randn(1, 3, 160, 160)
+    torch.testing.assert_close(tokens_of(tmp_path / "named", images), small.forward_features(images))
+
+
+@pytest.mark.parametrize(("width", "depth", "heads"), [(1408, 40, 16), (1152, 27, 16), (1024, 24, 16), (128, 8, 4)])
+def test_heads_that_nothing_states_are_assumed(width: int, depth: int, heads: int) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(
+            "vit_tiny_patch16_224", img_size=32, embed_dim=width, depth=depth, num_heads=heads, num_classes=0
+        )
+    shapes = shapes_of("a file", dict(model.state_dict()))
+    described, assumed = describe("a file", shapes, Hints(), {}, IMAGENET_STATISTICS)
+    assert described.heads == heads
+    assert f"{heads} attention heads" in assumed
+
+
+@pytest.mark.parametrize("setting", [{"layer_norm_eps": 1e-3}, {"hidden_act": "relu"}, {"qkv_bias": False}])
+def test_blocks_that_cannot_be_built_are_refused(tmp_path: Path, setting: dict[str, Any]) -> None:
+    save_file(to_huggingface(random_state()), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "dinov2"} | setting))
+    with pytest.raises(WeightsError, match=f"config.json has {next(iter(setting))}"):
+        read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("first", ["model", "model_ema"])
+def test_averaged_weights_count_before_the_raw_ones(tmp_path: Path, first: str) -> None:
+    state, raw = random_state(seed=1), random_state(seed=2)
+    both = {"model": raw, "model_ema": state}
+    torch.save({first: both[first], **both}, tmp_path / "both.pth")
+    images = images_for(state)
+    torch.testing.assert_close(
+        tokens_of(tmp_path / "both.pth", images), reference.forward(state, images, 2), rtol=1e-5, atol=1e-5
+    )
+    left_out = read_weights(tmp_path / "both.pth").left_out
+    assert left_out["model.cls_token"] == "stands outside model_ema"
+
+
+def test_half_precision_registers_lose_nothing_more(tmp_path: Path) -> None:
+    state = {name: value.bfloat16() for name, value in random_state(registers=4).items()}
+    torch.save(state, tmp_path / "half.pth")
+    expected = {name: value.float() for name, value in state.items()}
+    images = images_for(expected)
+    torch.testing.assert_close(
+        tokens_of(tmp_path / "half.pth", images), reference.forward(expected, images, 2), rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("settings", "size"),
+    [
+        ({"reg_tokens": 4}, 64),  # a position for class token and registers too
+        ({"reg_tokens": 4, "no_embed_class": True}, 64),
+        ({"no_embed_class": True}, 64),  # as in timm's deit3
+    ],
+)
+def test_rows_of_positions_of_timm(tmp_path: Path, settings: dict[str, Any], size: int) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=size, depth=2, num_classes=0, **settings).eval()
+    with torch.no_grad():
+        for value in (model.cls_token, model.pos_embed, model.reg_token):
+            if value is not None:
+                value.normal_()
+    torch.save(model.state_dict(), tmp_path / "file.pth")
+    assert read_weights(tmp_path / "file.pth").described().image_size == size
+    images = torch.randn(1, 3, size, size)
+    torch.testing.assert_close(
+        tokens_of(tmp_path / "file.pth", images), model.forward_features(images), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_rows_of_positions_that_fit_two_grids_are_refused(tmp_path: Path) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=0, reg_tokens=4)
+    torch.save(model.state_dict(), tmp_path / "small.pth")
+    with pytest.raises(WeightsError, match="9 rows of positions beside 4 register tokens"):
+        read_weights(tmp_path / "small.pth")
 
 
 PREFIXES = st.lists(st.sampled_from(["module", "backbone", "encoder", "model", "net"]), max_size=3)

@@ -13,9 +13,10 @@ from geoexplora.bands import SENTINEL2
 from geoexplora.errors import WeightsError
 from geoexplora.models.decoder import MAEDecoder
 from geoexplora.weights.contract import Allowed
-from geoexplora.weights.convert import resample_kernel, rgb_to_groups
-from geoexplora.weights.files import SourceWeights, read_weights
+from geoexplora.weights.convert import convert_bands, resample_kernel, rgb_to_groups
+from geoexplora.weights.files import read_weights
 from geoexplora.weights.load import build_encoder, load_decoder_into, load_encoder, load_into
+from geoexplora.weights.source_weights import SourceWeights
 from geoexplora.weights.spec import EncoderSpec
 from geoexplora.weights.write import save_decoder, save_encoder
 
@@ -275,6 +276,17 @@ def test_own_weights_of_other_bands(tmp_path: Path, bands: tuple[str, ...]) -> N
     torch.testing.assert_close(
         target.patch_embed.proj.weight[:, 1], model.patch_embed.proj.weight[:, 1] * 3 / len(bands)
     )
+
+
+@pytest.mark.parametrize("policy", ["mean", "nearest-wavelength", "random", "rgb-by-name"])
+def test_bands_that_the_source_has_keep_their_slices(policy: str) -> None:
+    kernel = torch.randn(8, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    source = [SENTINEL2.band(name) for name in ("B5", "B6", "B12")]
+    other = convert_bands(kernel, source, [source[2], source[0], source[1]], policy)
+    torch.testing.assert_close(other, kernel[:, [2, 0, 1]])
+    more = convert_bands(kernel, source, [*source, SENTINEL2.band("B2")], policy)
+    torch.testing.assert_close(more[:, :3], kernel * 3 / 4)
+    assert not torch.allclose(more[:, 3], torch.zeros(4))
 
 
 def test_unusual_sizes_need_the_number_of_heads(tmp_path: Path) -> None:

@@ -81,9 +81,11 @@ class Exporter(ABC):
 
     Attributes:
         library: who reads it, for messages.
+        holds_decoder: whether the decoder is written as well.
     """
 
     library: str
+    holds_decoder = False
 
     def prepare(self, content: Content) -> Content:
         """Bring an encoder into the form that the format can hold.

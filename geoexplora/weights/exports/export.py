@@ -19,7 +19,7 @@ from torch import Tensor
 
 from geoexplora.errors import ConfigError, RunError, WeightsError
 from geoexplora.registry import look_up
-from geoexplora.weights.atomic import operating_system_error
+from geoexplora.weights.atomic import operating_system_error, write_failure
 from geoexplora.weights.exports.base import Content, Exporter, vit_outputs
 from geoexplora.weights.exports.hub import HubExporter
 from geoexplora.weights.exports.onnx import OnnxExporter
@@ -48,6 +48,7 @@ class Export:
         library: who read it back.
         difference: the largest difference of outputs found by that, relative to the largest output.
         usage: the Python line that loads it.
+        without_decoder: whether the source has a decoder, which the format does not hold.
     """
 
     path: Path
@@ -56,6 +57,7 @@ class Export:
     library: str
     difference: float
     usage: str
+    without_decoder: bool = False
 
 
 def export(
@@ -82,29 +84,32 @@ def export(
     check_request(form, output, task, dtype)
     exporter = _exporter(form, task)
     prepared = exporter.prepare(content)
-    reference = content
-    if dtype != "float32":
-        prepared = reference = _rounded(prepared, getattr(torch, dtype))
     path = TARGETS[form].place(Path(output))
     with torch.inference_mode():
         image = _image(prepared)
-        expected = vit_outputs(reference.build(), image, reference.spec.pool)
+        expected = vit_outputs(content.build(), image, content.spec.pool)
+        reference = content
+        if dtype != "float32":  # what is stored cannot give the same outputs, but what is rounded must
+            _require(
+                output, expected, vit_outputs(prepared.build(), image, prepared.spec.pool), content, "this package"
+            )
+            prepared = reference = _rounded(prepared, getattr(torch, dtype))
+            expected = vit_outputs(reference.build(), image, reference.spec.pool)
     with _staged(path) as written:
         with _telling(path):
             exporter.write(prepared, written)
         with torch.inference_mode():
-            difference = largest_difference(expected, exporter.outputs(prepared, written, image))
-        limit = LARGEST_DIFFERENCE
-        if not difference <= limit:
-            limit = max(limit, _ROUNDING_ERRORS * _rounding_error(reference, image, expected))
-        if not difference <= limit:
-            raise WeightsError(
-                f"{output} is not written: read back by {exporter.library}, it gives outputs that differ by"
-                f" {difference:.2g} of the largest, more than {limit:.0e}",
-                f"Please report this, with the versions of geoexplora, torch and {exporter.library}.",
-            )
-    names = {file: file.stat().st_size for file in _files(path)}
-    return Export(path, names, prepared, exporter.library, difference, exporter.usage(prepared, path))
+            got = exporter.outputs(prepared, written, image)
+            difference = _require(output, expected, got, reference, exporter.library)
+    return Export(
+        path,
+        {file: file.stat().st_size for file in _files(path)},
+        prepared,
+        exporter.library,
+        difference,
+        exporter.usage(prepared, path),
+        without_decoder=bool(content.decoder) and not exporter.holds_decoder,
+    )
 
 
 def check_request(form: Format, output: str | Path, task: Task | None, dtype: Dtype) -> None:
@@ -122,6 +127,26 @@ def check_request(form: Format, output: str | Path, task: Task | None, dtype: Dt
     look_up("format", form, TARGETS)
     for objection in objections(form, output, task, dtype):
         raise ConfigError(objection.problem, objection.remedy)
+
+
+def _require(
+    output: str | Path, expected: Mapping[str, Tensor], got: Mapping[str, Tensor], reference: Content, library: str
+) -> float:
+    """The largest difference of outputs.
+
+    Raises:
+        WeightsError: if it is more than rounding explains.
+    """
+    difference, limit = largest_difference(expected, got), LARGEST_DIFFERENCE
+    if not difference <= limit:
+        limit = max(limit, _ROUNDING_ERRORS * _rounding_error(reference, _image(reference), expected))
+    if not difference <= limit:
+        raise WeightsError(
+            f"{output} is not written: read back by {library}, it gives outputs that differ by {difference:.2g} of the"
+            f" largest, more than {limit:.0e}",
+            f"Please report this, with the versions of geoexplora, torch and {library}.",
+        )
+    return difference
 
 
 def largest_difference(expected: Mapping[str, Tensor], got: Mapping[str, Tensor]) -> float:
@@ -212,10 +237,7 @@ def _telling(output: Path) -> Iterator[None]:
         cause = operating_system_error(problem)
         if cause is None:
             raise
-        raise RunError(
-            f"cannot write {output}: {cause.strerror or cause}",
-            "Free some space or make the folder writable, or name another place with --output.",
-        ) from problem
+        raise write_failure(output, cause, resumable=False) from problem
 
 
 def _files(path: Path) -> list[Path]:

@@ -22,6 +22,7 @@ class SatMAEExporter(Exporter):
     """``{"model": {...}}``; SatMAE's code may not be copied, so our own reader of its files checks it."""
 
     library = "geoexplora's reader of SatMAE's files"
+    holds_decoder = True
 
     def prepare(self, content: Content) -> Content:
         """Put LayerScale, which these models do not know, into the layer before it: gamma * (W x + b)."""

@@ -88,7 +88,7 @@ def objections(form: Format, output: str | Path, task: Task | None, dtype: Dtype
     if path.suffix in _WEIGHTS_SUFFIXES if folder else path.suffix not in target.suffixes:
         yield Objection("output", f"{output} cannot hold weights of format {form}", f"Name {target.wanted}.")
         return
-    beside = [path.with_name(f"{path.name}.data")] * (form == "onnx")  # where ONNX keeps large weights
+    beside = [path.with_name(f"{path.name}.data")] if form == "onnx" else []  # where ONNX keeps large weights
     for place in (path, *beside):
         if _occupied(place, empty_folder_will_do=folder):
             yield Objection("output", f"{place} exists already", "Name another place, or move it away.")

@@ -59,6 +59,11 @@ def is_secure(address: str) -> bool:
     return address.partition("://")[0].lower() in SECURE
 
 
+def _is_strange(address: str) -> bool:
+    """Whether an address holds blanks, or control characters, be they escaped."""
+    return any(ord(character) <= 32 for character in address) or any(ord(one) < 32 for one in unquote(address))
+
+
 def parse_address(text: str, sha256: str | None = None) -> Address:
     """Read ``https://...``, ``hf://owner/name[@revision][/path/to/file]``, either with ``#sha256=...`` behind it.
 
@@ -92,7 +97,7 @@ def parse_address(text: str, sha256: str | None = None) -> Address:
     except ValueError as problem:
         raise WeightsError(f"cannot read the address {plain}: {problem}", "Check it.") from problem
     name = PurePosixPath(unquote(parts.path)).name
-    if not parts.hostname or name in {"", ".."} or any(ord(character) <= 32 for character in plain):
+    if not parts.hostname or name in {"", ".."} or _is_strange(plain):
         raise WeightsError(f"{plain} is no address of a file", "Write https://, the server, and the path of the file.")
     return Address(plain, name, sha256)
 

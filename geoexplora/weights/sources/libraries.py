@@ -195,10 +195,11 @@ def from_timm(text: str) -> LibraryWeights:
         addresses = tuple(parse_address(f"hf://{settings.hf_hub_id}/{file}") for file in files)
     else:
         addresses = (_address(settings.url),)
-    hints = Hints(format="timm")
+    heads = int(model.blocks[0].attn.num_heads)
+    hints = Hints(format="timm", heads=heads)
     if settings.input_size[0] == 3:
         mean, std = (tuple(round(255 * value, 6) for value in values) for values in (settings.mean, settings.std))
         statistics = Statistics(RGB.band_names, mean, std)
-        hints = Hints(RGB.name, RGB.band_names, statistics.normalization("standardize"), "timm")
+        hints = Hints(RGB.name, RGB.band_names, statistics.normalization("standardize"), "timm", heads)
     name = f"{architecture}.{settings.tag}" if settings.tag else text
     return LibraryWeights(name, addresses, hints, settings.license)

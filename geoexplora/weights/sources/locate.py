@@ -58,7 +58,8 @@ def locate(source: str | Path) -> Located:
         return Located(path, path.name or path.resolve().name, None)
     if "://" in text:
         address = parse_address(text)
-        return Located(fetch(address), address.text, address.text)
+        public = address.text.partition("?")[0]  # what follows may be a signature, which is nobody's business
+        return Located(fetch(address), public, public)
     if text in SHORTCUTS:
         known = SHORTCUTS[text]
         address = parse_address(known.address, known.sha256)

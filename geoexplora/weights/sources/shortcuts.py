@@ -42,12 +42,14 @@ class Hints:
         bands: names of the input bands, in the order of the channels.
         normalization: as ``Normalization.to_dict()`` gives it.
         format: the name of the format in reports, instead of what the file looks like.
+        heads: attention heads.
     """
 
     sensor: str | None = None
     bands: tuple[str, ...] | None = None
     normalization: Mapping[str, Any] | None = None
     format: str | None = None
+    heads: int | None = None
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def stated(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> LibraryWeights:
 
 def test_timm_weights_outside_the_hub(monkeypatch: pytest.MonkeyPatch):
     found = stated(monkeypatch, url="https://example.org/a-0123abcd.pth")
-    assert found.hints == Hints(format="timm")
+    assert found.hints == Hints(format="timm", heads=3)
     assert found.addresses == (parse_address("https://example.org/a-0123abcd.pth", "0123abcd"),)
 
 

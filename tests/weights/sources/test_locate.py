@@ -70,7 +70,7 @@ def test_shortcuts(name: str, fetched: list[Address]):
 @pytest.mark.parametrize(
     "address",
     [
-        "https://example.org/a.pth?x=1",
+        "https://example.org/a.pth",
         "hf://owner/name@v1/a.pth",
         "https://huggingface.co/owner/name/resolve/main/a.pth",
     ],
@@ -78,6 +78,12 @@ def test_shortcuts(name: str, fetched: list[Address]):
 def test_an_address_is_called_by_itself(address: str, fetched: list[Address]):
     assert locate(f"{address}#sha256={DIGEST}") == Located(Path("/fetched/a.pth"), address, address)
     assert fetched == [parse_address(address, DIGEST)]
+
+
+def test_a_signed_address_keeps_its_signature_to_itself(fetched: list[Address]):
+    address = "https://example.org/a.pth?signature=secret"
+    assert locate(address) == Located(Path("/fetched/a.pth"), "https://example.org/a.pth", "https://example.org/a.pth")
+    assert fetched == [parse_address(address)]
 
 
 @pytest.mark.parametrize("text", ["http://example.org/a.pth", "file:///a.pth"])
