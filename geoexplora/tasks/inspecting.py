@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def describe(source: str, *, tensors: bool = False) -> dict[str, Any]:
         "path": source,
         "kind": "adapter",
         "base": spec.source,
-        "adapter": {"name": config.name} | asdict(config),
+        "adapter": {"name": config.name} | json.loads(json.dumps(asdict(config))),
         "encoder": describe_encoder(spec),
         "bytes": sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
     } | count_tensors(trained, tensors)

@@ -159,7 +159,7 @@ def _plain_to_groups(
         adaptation.converted[name] = f"{policy}: {','.join(described.bands)} to {','.join(names)}"
         _take_kernel(adaptation, name, kernel, target[name].shape[-1], used)
         if "patch_embed.proj.bias" in source:
-            adaptation.tensors[f"patch_embed.{index}.proj.bias"] = source["patch_embed.proj.bias"]
+            adaptation.tensors[f"patch_embed.{index}.proj.bias"] = source["patch_embed.proj.bias"].clone()
             adaptation.converted[f"patch_embed.{index}.proj.bias"] = "the source's, for each group"
     adaptation.band_init = policy
     adaptation.kept |= {
