@@ -58,10 +58,11 @@ def _content(source: str | Path, base: str | Path | None) -> Content:
         )
     weights = read_weights(source)
     encoder, spec = load_encoder(weights)
-    if not weights.told:
+    if not weights.told and spec.source is None:
         spec = replace(spec, source=weights.record())
     return Content(
-        spec, encoder.state_dict(), weights.decoder_tensors, weights.decoder, weights.step, weights.trained
+        spec, encoder.state_dict(), weights.decoder_tensors, weights.decoder, weights.step, weights.trained,
+        weights.assumed,
     )  # fmt: skip
 
 

@@ -128,8 +128,10 @@ def _with_header(
         decoder = dict(json.loads(header["decoder"])) if "decoder" in header else None
         step = int(header["step"]) if "step" in header else None
         trained = json.loads(header["trained"]) if "trained" in header else None
+        assumed = tuple(map(str, json.loads(header.get("assumed", "[]"))))
     except (ValueError, TypeError) as problem:
         raise WeightsError(f"{opened.path}: damaged header ({problem})", "Take another copy of the file.") from problem
     return SourceWeights(
-        opened.path, form, spec, tensors, decoder, step, trained, files=opened.files, told=True, **account
-    )
+        opened.path, form, spec, tensors, decoder, step, trained,
+        files=opened.files, assumed=assumed, told=not assumed, **account,
+    )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ def save_encoder(
     *,
     step: int | None = None,
     trained: Any = None,
+    assumed: Sequence[str] = (),
     dtype: torch.dtype | None = None,
 ) -> None:
     """Write an encoder, whole or not at all.
@@ -33,6 +34,7 @@ def save_encoder(
         spec: what it is; stands in the header.
         step: the optimizer step it was taken at.
         trained: which parts were trained, in plain JSON types.
+        assumed: what of the description was taken for granted; it then binds no reader.
         dtype: store floating-point tensors in this type, such as ``torch.float16`` to halve the file.
 
     Raises:
@@ -40,6 +42,8 @@ def save_encoder(
         RunError: if the file cannot be written (disk full, read-only); an old one stays as it was.
     """
     metadata = spec.to_metadata() | ({} if trained is None else {"trained": json.dumps(trained)})
+    if assumed:
+        metadata["assumed"] = json.dumps(list(assumed))
     _save(Path(path), tensors, metadata, step, dtype)
 
 

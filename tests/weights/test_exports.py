@@ -499,6 +499,14 @@ def test_a_file_in_the_way_of_the_folder(tmp_path: Path) -> None:
         export(content("plain"), "torchgeo", tmp_path / "there")
 
 
+@pytest.mark.parametrize("form", ["torchgeo", "satmae", "hf-dinov2", "safetensors", "timm"])
+def test_what_was_assumed_stays_assumed(tmp_path: Path, form: Any) -> None:
+    made = replace(content("plain"), assumed=("statistics of ImageNet",))
+    source = read_weights(export(made, form, tmp_path / "out").path)
+    assert (source.assumed, source.told) == (("statistics of ImageNet",), False)
+    assert read_weights(export(content("plain"), form, tmp_path / "own").path).told
+
+
 @pytest.mark.parametrize("form", ["torchgeo", "satmae", "hf-dinov2"])
 def test_an_export_is_read_back_with_its_description(tmp_path: Path, form: Any) -> None:
     made = replace(content("ten bands"), step=7, trained=[{"part": "LoRA", "trainable": 1, "frozen": 0}])

@@ -32,6 +32,7 @@ class Content:
         settings: the decoder's settings, if it has one.
         step: the optimizer step it was taken at, if known.
         trained: which parts were trained, if known.
+        assumed: what of the description was taken for granted when the encoder was read.
     """
 
     spec: EncoderSpec
@@ -40,11 +41,17 @@ class Content:
     settings: Mapping[str, Any] | None = None
     step: int | None = None
     trained: Any = None
+    assumed: tuple[str, ...] = ()
 
     def header(self) -> dict[str, str]:
         """The description as our own files have it, to be read back from others'."""
-        known = {} if self.step is None else {"step": str(self.step)}
-        return self.spec.to_metadata() | known | ({} if self.trained is None else {"trained": json.dumps(self.trained)})
+        header = self.spec.to_metadata()
+        if self.step is not None:
+            header["step"] = str(self.step)
+        for name in ("trained", "assumed"):
+            if value := getattr(self, name):
+                header[name] = json.dumps(value)
+        return header
 
     def to(self, dtype: torch.dtype) -> Content:
         """The same with floating-point tensors of another type."""

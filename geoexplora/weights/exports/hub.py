@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ class HubExporter(Exporter):
             for branch in (1, 2)
         }
         tensors = {**content.tensors, **gammas}
-        return Content(restyled(spec, layer_scale=True), tensors, step=content.step, trained=content.trained)
+        return replace(content, spec=restyled(spec, layer_scale=True), tensors=tensors)
 
     def write(self, content: Content, path: Path) -> None:
         """Write weights, configuration and, where it tells all of the normalization, that of the image processor."""

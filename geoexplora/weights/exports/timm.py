@@ -26,7 +26,7 @@ class SafetensorsExporter(Exporter):
 
     def write(self, content: Content, path: Path) -> None:
         """Write the file."""
-        save_encoder(path, content.tensors, content.spec, step=content.step, trained=content.trained)
+        _save(path, content)
 
     def outputs(self, content: Content, path: Path, image: Tensor) -> Mapping[str, Tensor]:
         """Load by ``load_encoder``."""
@@ -54,7 +54,7 @@ class TimmExporter(Exporter):
             return
         folder = path.suffix != ".safetensors"
         file = path / HUB_WEIGHTS if folder else path
-        save_encoder(file, content.tensors, content.spec, step=content.step, trained=content.trained)
+        _save(file, content)
         if folder:
             (path / HUB_CONFIG).write_text(json.dumps(_config(content), indent=2) + "\n", encoding="utf-8")
 
@@ -76,6 +76,11 @@ class TimmExporter(Exporter):
             return f"{imports}; timm.create_model({f'local-dir:{path}'!r}, pretrained=True)"
         arguments = "".join(f", {name}={value!r}" for name, value in spec.timm_args.items())
         return f'{imports}; timm.create_model("{spec.timm_name}"{arguments}, checkpoint_path={str(path)!r})'
+
+
+def _save(path: Path, content: Content) -> None:
+    known: dict[str, Any] = {"step": content.step, "trained": content.trained, "assumed": content.assumed}
+    save_encoder(path, content.tensors, content.spec, **known)
 
 
 def _config(content: Content) -> dict[str, Any]:

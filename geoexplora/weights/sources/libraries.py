@@ -154,6 +154,24 @@ def _standardization(transforms: Any, channels: int) -> list[tuple[float, float]
 # timm
 
 
+def _peculiarities(model: Any) -> list[str]:
+    """What a vision transformer of timm has that no model here has, known before its weights are fetched."""
+    from torch import nn
+
+    attention: Any = model.blocks[0].attn
+    qkv, (rows, columns) = getattr(attention, "qkv", None), model.patch_embed.grid_size
+    found = {
+        "has no class token": not model.has_class_token,
+        "has no position encoding": model.pos_embed is None,
+        "takes images that are not square": rows != columns,
+        "normalizes before its blocks": not isinstance(model.norm_pre, nn.Identity),
+        "normalizes queries and keys": not isinstance(getattr(attention, "q_norm", None), nn.Identity),
+        "has no fused queries, keys and values with bias": getattr(qkv, "bias", None) is None,
+        "pools by attention": model.attn_pool is not None,
+    }
+    return [what for what, holds in found.items() if holds]
+
+
 def from_timm(text: str) -> LibraryWeights:
     """Look weights up by timm's name of a pretrained model.
 
@@ -179,9 +197,10 @@ def from_timm(text: str) -> LibraryWeights:
         raise WeightsError(f"timm has no weights {text}", f"{nearest(text, tagged)}Known: {known}.") from None
     with torch.device("meta"):  # only to look at it
         model = timm.create_model(architecture)
-    if type(model) is not VisionTransformer or not isinstance(model.patch_embed, PatchEmbed):
+    plain = type(model) is VisionTransformer and isinstance(model.patch_embed, PatchEmbed)
+    if other := _peculiarities(model) if plain else [f"is a {type(model).__name__}"]:
         raise WeightsError(
-            f"{text} is no plain vision transformer but {type(model).__name__}",
+            f"{text} is no plain vision transformer: it {' and '.join(other)}",
             "Take one of timm's VisionTransformer: names that start with vit_ or deit_ and a size, such as"
             " vit_base_patch16_224.mae.",
         )

@@ -53,14 +53,28 @@ def test_timm_without_a_tag_is_recorded_with_it():
             "has no weights vit_tiny_patch16_224.nonsense\n.*vit_tiny_patch16_224.augreg",
         ),
         ("vit_base_patch32_plus_256", "no pretrained weights of vit_base_patch32_plus_256"),
-        ("resnet18", "no plain vision transformer but ResNet"),
-        ("eva02_tiny_patch14_224", "but Eva"),
-        ("deit_tiny_distilled_patch16_224", "but VisionTransformerDistilled"),
+        ("resnet18", "no plain vision transformer: it is a ResNet"),
+        ("eva02_tiny_patch14_224", "it is a Eva"),
+        ("deit_tiny_distilled_patch16_224", "it is a VisionTransformerDistilled"),
         ("vit_tiny_r_s16_p8_224", "no plain vision transformer"),
     ],
 )
 def test_timm_models_that_cannot_be_used(name: str, said: str):
     with pytest.raises(WeightsError, match=said):
+        from_timm(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("vit_base_patch16_clip_224.openai", "normalizes before its blocks"),
+        ("vit_base_patch16_siglip_224.webli", "has no class token and pools by attention"),
+        ("vit_base_patch16_224_miil.in21k", "has no fused queries, keys and values with bias"),
+        ("swin_tiny_patch4_window7_224.ms_in1k", "is a SwinTransformer"),
+    ],
+)
+def test_what_cannot_be_read_is_not_fetched(name: str, reason: str):
+    with pytest.raises(WeightsError, match=f"{name} is no plain vision transformer: it {reason}"):
         from_timm(name)
 
 
