@@ -109,8 +109,8 @@ def _fuse(done: Canonical, label: str) -> None:
     ExPLoRA's full files keep both: the separate ones are those that LoRA was merged into.
     """
     tensors = done.tensors
-    for name in [name for name in tensors if _PART.match(name)]:
-        stem, first, kind = _PART.match(name).groups()  # type: ignore[union-attr]
+    for name, match in [(name, match) for name in tensors if (match := _PART.match(name))]:
+        stem, first, kind = match.groups()
         parts, fused = _FUSED[first]
         names = [f"{stem}{part}.{kind}" for part in parts]
         if missing := [part for part in names if part not in tensors]:

@@ -109,7 +109,7 @@ def _read_own(opened: Opened) -> SourceWeights:
             f"{opened.path} is a part of an adapter: it holds what was trained, without the weights that it adapts",
             "Merge it first: geoexplora export ADAPTER --base FILE --format safetensors --output NEW.safetensors.",
         )
-    if header["geoexplora"] == "decoder" and not any(name == "cls_token" for name in opened.content):
+    if header["geoexplora"] == "decoder" and "cls_token" not in opened.content:
         return _with_header(opened, header, opened.content, OWN_DECODER)
     return _with_header(opened, header, opened.content, OWN)
 
