@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -167,12 +168,18 @@ def start(options: Any) -> Iterator[Finding]:
 
 def exists(options: Any) -> Iterator[Finding]:
     """The file or folder of ``--init`` is there, or it is something that can be fetched."""
+    for finding in positional_exists(options):
+        yield replace(finding, text=f"--init {finding.text}")
+
+
+def positional_exists(options: Any) -> Iterator[Finding]:
+    """The same where it stands without its name."""
     if options.init is not None and not path_exists(Path(options.init)) and not looks_fetchable(options.init):
         near = nearest(options.init, SHORTCUTS)
         yield Finding(
             ("init",),
-            f"--init {options.init}: no such file or run folder, and no known name of weights. {near}Check the path, or"
-            " give an address (https://, hf://), a shortcut such as dinov2-vitl14, or TorchGeo's or timm's name.",
+            f"{options.init}: no such file or run folder, and no known name of weights. {near}Check the path, or give"
+            " an address (https://, hf://), a shortcut such as dinov2-vitl14, or TorchGeo's or timm's name.",
         )
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Literal
 
 from geoexplora.cli import checks
@@ -44,8 +43,7 @@ def _named(options: ExportOptions) -> Iterator[Finding]:
     if options.init is None:
         yield Finding(("init",), "nothing to export. Name a run folder, a weights file or an adapter.", "unready")
     else:
-        for finding in checks.exists(options):
-            yield replace(finding, text=finding.text.removeprefix("--init "))
+        yield from checks.positional_exists(options)
 
 
 def _possible(options: ExportOptions) -> Iterator[Finding]:
@@ -57,18 +55,6 @@ def _possible(options: ExportOptions) -> Iterator[Finding]:
     if options.format is not None and options.output is not None:
         for objection in objections(options.format, options.output, options.task, options.dtype):
             yield Finding((objection.key,), f"--{objection.key}: {objection.problem}. {objection.remedy}")
-
-
-def _base(options: ExportOptions) -> Iterator[Finding]:
-    if options.base is None or options.init is None:
-        return
-    init = Path(options.init)
-    if init.exists() and not (init / "trained.safetensors").is_file():
-        yield Finding(
-            ("base",),
-            f"--base names the weights that an adapter was trained on, but {init} is no adapter of this package."
-            " Leave out --base, or name the adapter/ of a run.",
-        )
 
 
 def run(options: ExportOptions) -> int:
@@ -85,7 +71,7 @@ def run(options: ExportOptions) -> int:
         f"{done.path}: {spec.model} as {options.format}, {options.dtype}, {len(done.files)} file(s), {size:,.1f} MB",
         f"read back by {done.library}: outputs differ by at most {done.difference:.1e} of the largest",
         f"input: {len(spec.bands)} bands ({', '.join(spec.bands)}), {spec.image_size} px, normalization"
-        f" {spec.normalization['method']}",
+        f" {spec.normalization.get('method', 'not known')}",
         f"load: {done.usage}",
     ]
     if done.without_decoder:
@@ -103,7 +89,7 @@ COMMAND = Command(
     usage="SOURCE --format FORMAT --output PATH [--base FILE] [options]",
     options=ExportOptions,
     run=run,
-    checks={_named: ("init",), _possible: ("format", "output", "task", "dtype"), _base: ("base", "init")},
+    checks={_named: ("init",), _possible: ("format", "output", "task", "dtype")},
     examples=(
         "export runs/a --format timm --output exports/a",
         "export runs/a --format torchgeo --task segmentation --output a.ckpt",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from geoexplora.cli import checks
@@ -33,8 +33,7 @@ def _named(options: InspectOptions) -> Iterator[Finding]:
     if options.init is None:
         yield Finding(("init",), "nothing to inspect. Name a weights file or a run folder.", "unready")
     else:
-        for finding in checks.exists(options):
-            yield replace(finding, text=finding.text.removeprefix("--init "))
+        yield from checks.positional_exists(options)
 
 
 def run(options: InspectOptions) -> int:

@@ -53,7 +53,7 @@ def _content(source: str | Path, base: str | Path | None) -> Content:
         return _adapted(folder, base)
     if base is not None:
         raise ConfigError(
-            f"--base names the weights that an adapter was trained on, but {source} is none",
+            f"--base names the weights that an adapter was trained on, but {source} is no adapter of this package",
             "Leave out --base, or name the adapter/ of a run.",
         )
     weights = read_weights(source)

@@ -53,8 +53,9 @@ def probe(options: Any) -> dict[str, Scores]:
     Raises:
         GeoExploraError: if weights and data do not fit each other or cannot be read.
     """
+    source = read_weights(options.init)
     encoder: Any
-    encoder, spec = load_encoder(options.init)
+    encoder, spec = load_encoder(source)
     if options.image_size not in {None, spec.image_size}:
         if options.image_size % spec.patch_size:
             raise ConfigError(
@@ -73,7 +74,7 @@ def probe(options: Any) -> dict[str, Scores]:
     device = _device(options.accelerator)
     precision = torch.bfloat16 if options.precision == "bf16" else None
     cache = _cache_folder(options)
-    weights = read_weights(options.init).record()
+    weights = source.record()
     parts = []
     for split in splits:
         digest = _digest(options, spec, weights, datamodule.eval_dataset(split))

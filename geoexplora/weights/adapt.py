@@ -5,7 +5,6 @@ Shapes: D width, L positions, P patch.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import isqrt
@@ -18,10 +17,9 @@ from geoexplora.bands import SENSORS
 from geoexplora.errors import WeightsError
 from geoexplora.registry import look_up
 from geoexplora.weights.convert import convert_bands, resample_kernel, resample_positions, rgb_to_groups
+from geoexplora.weights.describe import GROUP_KERNEL, KERNEL
 from geoexplora.weights.spec import EncoderSpec
 
-_KERNEL = "patch_embed.proj.weight"
-_GROUP_KERNEL = re.compile(r"patch_embed\.(\d+)\.proj\.weight")
 _POOLED_NORM = "the source's fc_norm, which comes after pooling there"
 
 
@@ -79,10 +77,10 @@ def adapt_encoder(
     """
     target: dict[str, Tensor] = model.state_dict()
     adaptation = Adaptation(patch_resize=patch_resize)
-    grouped = [name for name in target if _GROUP_KERNEL.fullmatch(name)]
-    if _KERNEL in source and grouped:
+    grouped = [name for name in target if GROUP_KERNEL.fullmatch(name)]
+    if KERNEL in source and grouped:
         _plain_to_groups(adaptation, target, source, described, wanted, policy, generator, label)
-    elif _KERNEL in source and _KERNEL in target:
+    elif KERNEL in source and KERNEL in target:
         _plain_to_plain(adaptation, target, source, described, wanted, policy, generator)
     elif described is not None and wanted is not None and described.groups != wanted.groups:
         raise WeightsError(
@@ -150,10 +148,10 @@ def _plain_to_groups(
             "Give load_into the model's spec, and a source that tells its bands.",
         )
     kernels = rgb_to_groups(
-        source[_KERNEL], look_up("sensor", wanted.sensor, SENSORS), wanted.groups, described.bands, policy,
+        source[KERNEL], look_up("sensor", wanted.sensor, SENSORS), wanted.groups, described.bands, policy,
         source_sensor=look_up("sensor", described.sensor, SENSORS), generator=generator,
     )  # fmt: skip
-    used = {_KERNEL, "patch_embed.proj.bias"}
+    used = {KERNEL, "patch_embed.proj.bias"}
     for index, (kernel, names) in enumerate(zip(kernels, wanted.groups, strict=True)):
         name = f"patch_embed.{index}.proj.weight"
         adaptation.converted[name] = f"{policy}: {','.join(described.bands)} to {','.join(names)}"
@@ -178,16 +176,18 @@ def _plain_to_plain(
     policy: str,
     generator: torch.Generator | None,
 ) -> None:
-    kernel = source[_KERNEL]
+    kernel = source[KERNEL]
     if described is not None and wanted is not None and _bands(described) != _bands(wanted):
         before, after = (look_up("sensor", spec.sensor, SENSORS) for spec in (described, wanted))
         kernel = convert_bands(
             kernel, [before.band(name) for name in described.bands], [after.band(name) for name in wanted.bands],
             policy, generator=generator,
         )  # fmt: skip
-        adaptation.converted[_KERNEL] = f"{policy}: {','.join(described.bands)} to {','.join(wanted.bands)}"
-        adaptation.band_init = policy
-    _take_kernel(adaptation, _KERNEL, kernel, target[_KERNEL].shape[-1], {_KERNEL})
+        known = described.sensor == wanted.sensor and set(wanted.bands) <= set(described.bands)
+        how = "by name" if known else policy
+        adaptation.converted[KERNEL] = f"{how}: {','.join(described.bands)} to {','.join(wanted.bands)}"
+        adaptation.band_init = None if known else policy
+    _take_kernel(adaptation, KERNEL, kernel, target[KERNEL].shape[-1], {KERNEL})
 
 
 def _take_kernel(adaptation: Adaptation, name: str, kernel: Tensor, patch: int, used: set[str]) -> None:

@@ -123,7 +123,7 @@ def unknown(opened: Opened) -> WeightsError:
         near = (bool(difflib.get_close_matches(key, names[:300], n=1, cutoff=0.9)) for key in known.keys)
         return sum(near) / len(known.keys)
 
-    nearest = max((known for known in FORMATS if known.keys), key=likeness)
+    nearest = max(FORMATS, key=likeness)
     lacking = [key for key in nearest.keys if key not in names]
     reason = f"it is a {kind} of Hugging Face" if kind else "it has no class token (cls_token), as all models here have"
     return WeightsError(

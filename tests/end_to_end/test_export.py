@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from geoexplora.weights.files import read_weights
-from geoexplora.weights.load import load_encoder
+from geoexplora.weights.load import build_encoder, load_encoder
 from geoexplora.weights.source_weights import sha256
+from geoexplora.weights.spec import EncoderSpec
+from geoexplora.weights.write import save_encoder
 
 RGB_NAME = "plain_vit_pico.s16_p4_c3"
 GROUP_NAME = "group_channel_vit_pico.s16_p8_g0-1-2-6_g3-4-5-7_g8-9"
@@ -201,3 +203,15 @@ def test_outputs(refused, photo_run, tmp_path):
         refused(photo_run, "--format", form, "--output", tmp_path / "run", contains=["exists already"])
     where = tmp_path / "there.pth" / "new.onnx"
     refused(photo_run, "--format", "onnx", "--output", where, contains=["cannot write", "name another"])
+
+
+def test_an_encoder_whose_normalization_nobody_told(geoexplora, tmp_path):
+    """As TorchGeo's SENTINEL1_GRD_CLOSP: its transforms do not tell it."""
+    spec = EncoderSpec.of(
+        "vit_pico", image_size=16, patch_size=8, sensor="rgb", bands=("R", "G", "B"), normalization={}
+    )
+    save_encoder(tmp_path / "a.safetensors", build_encoder(spec).state_dict(), spec)
+    for form in ("timm", "hf-dinov2"):
+        got = geoexplora("export", tmp_path / "a.safetensors", "--format", form, "--output", tmp_path / form)
+        assert got.status == 0, got.err
+        assert "normalization not known" in got.out

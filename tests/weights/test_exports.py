@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import timm
 import torch
@@ -342,7 +343,6 @@ def test_satmae_names_are_the_reference_codes(tmp_path: Path, name: str) -> None
 
 @pytest.mark.parametrize("name", ["registers", "groups, fine-tuned"])
 def test_onnx(tmp_path: Path, name: str) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
     made = content(name)
     done = export(made, "onnx", tmp_path / "a.onnx")
     session = onnxruntime.InferenceSession(str(tmp_path / "a.onnx"), providers=["CPUExecutionProvider"])
@@ -361,12 +361,7 @@ def test_onnx(tmp_path: Path, name: str) -> None:
 
 
 def test_onnx_keeps_large_weights_in_a_second_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
-    threshold = "torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD"
-    try:
-        monkeypatch.setattr(threshold, 1000)
-    except AttributeError:
-        pytest.skip("this torch does not tell from which size on")
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 1000)
     made = content("plain", model=CUSTOM, sizes=(64, 1, 4))
     done = export(made, "onnx", tmp_path / "a.onnx")
     assert [file.name for file in done.files] == ["a.onnx", "a.onnx.data"]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -150,7 +151,6 @@ def test_a_missing_part_of_a_projection_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("registers", [0, 4])
 @pytest.mark.parametrize("swiglu", [False, True])
 def test_folder_of_transformers(tmp_path: Path, registers: int, swiglu: bool) -> None:
-    transformers = pytest.importorskip("transformers")
     kind = "Dinov2WithRegisters" if registers else "Dinov2"
     sizes: dict[str, Any] = {"num_register_tokens": registers} if registers else {}
     config = getattr(transformers, f"{kind}Config")(

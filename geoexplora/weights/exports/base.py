@@ -164,11 +164,11 @@ def restyled(spec: EncoderSpec, **changes: Any) -> EncoderSpec:
 
 
 def scaling(spec: EncoderSpec) -> tuple[list[float], list[float]] | None:
-    """Mean and deviation that normalize images of 0..1, for libraries of photographs; ``None`` for other sensors.
+    """Mean and deviation that normalize images of 0..1, for libraries of photographs; ``None`` if there are none.
 
     The clipping methods also cut off what lies outside 0..1 afterwards, which those libraries do not.
     """
-    if spec.sensor != RGB.name:
+    if spec.sensor != RGB.name or not spec.normalization:
         return None
     mean, std = list(spec.normalization["mean"]), list(spec.normalization["std"])
     if spec.normalization["method"] != "standardize":
