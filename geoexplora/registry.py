@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from geoexplora.bands import nearest
@@ -137,19 +141,40 @@ class DatasetEntry:
 
     Attributes:
         datamodule: ``module:Class`` of its datamodule.
-        sensor: name of its sensor in ``geoexplora.bands.SENSORS``.
+        sensor: name of its sensor in ``geoexplora.bands.SENSORS``; None: only the opened data tell.
         needs_root: whether the user must say where the data lies.
+        arguments: of the datamodule, beside the settings.
+        settings: names of settings that only this datamodule takes.
     """
 
     datamodule: str
-    sensor: str
+    sensor: str | None
     needs_root: bool = True
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    settings: tuple[str, ...] = ()
 
 
 DATASETS: dict[str, DatasetEntry] = {
     "fmow-sentinel": DatasetEntry("geoexplora.datamodules.fmow_sentinel:FMoWSentinelDataModule", "sentinel-2"),
+    "fmow-rgb": DatasetEntry(
+        "geoexplora.datamodules.fmow_rgb:FMoWRGBDataModule", "rgb", settings=("crop", "variant", "false_detection")
+    ),
     "photographs": DatasetEntry("geoexplora.datamodules.photographs:PhotographsDataModule", "rgb", needs_root=False),
 }
+
+TORCHGEO = "torchgeo:"
+"""What precedes the name of a TorchGeo dataset."""
+
+DATASET_NAMES = (*DATASETS, f"{TORCHGEO}NAME")
+"""Names of datasets, as help and messages list them."""
+
+TORCHGEO_SENSORS = {
+    "EuroSAT": "sentinel-2", "EuroSAT100": "sentinel-2", "EuroSATSpatial": "sentinel-2", "SEN12MS": "sentinel-2",
+    "SSL4EOS12": "sentinel-2",
+    "DLRSD": "rgb", "FireRisk": "rgb", "LandCoverAI": "rgb", "LoveDA": "rgb", "MillionAID": "rgb",
+    "NonGeoClassificationDataset": "rgb", "PatternNet": "rgb", "RESISC45": "rgb", "UCMerced": "rgb",
+}  # fmt: skip
+"""Sensors of TorchGeo's datasets that hold all bands of one, so that bands are checked before the data are opened."""
 
 
 def look_up[Entry](kind: str, name: str, entries: Mapping[str, Entry]) -> Entry:
@@ -161,6 +186,40 @@ def look_up[Entry](kind: str, name: str, entries: Mapping[str, Entry]) -> Entry:
     if name in entries:
         return entries[name]
     raise ConfigError(f"unknown {kind} {name!r}", f"{nearest(name, entries)}Known: {', '.join(entries)}.")
+
+
+def find_dataset(name: str) -> DatasetEntry:
+    """The dataset of that name, one of ``DATASETS`` or ``torchgeo:NAME``.
+
+    Raises:
+        ConfigError: if there is none; names the nearest ones.
+    """
+    if name.startswith(TORCHGEO):
+        chosen = name.removeprefix(TORCHGEO)
+        known = torchgeo_names()
+        if chosen not in known:
+            raise ConfigError(
+                f"TorchGeo has no dataset {chosen!r}",
+                f"{nearest(chosen, known)}Write the name of a class of torchgeo.datasets, such as torchgeo:RESISC45.",
+            )
+        target = "geoexplora.datamodules.torchgeo_source:TorchGeoDataModule"
+        return DatasetEntry(target, TORCHGEO_SENSORS.get(chosen), arguments={"name": chosen})
+    if name not in DATASETS:
+        raise ConfigError(f"unknown dataset {name!r}", f"{nearest(name, DATASETS)}Known: {', '.join(DATASET_NAMES)}.")
+    return DATASETS[name]
+
+
+@cache
+def torchgeo_names() -> tuple[str, ...]:
+    """What ``torchgeo.datasets`` exports, read from its source: importing it imports torch."""
+    package = importlib.util.find_spec("torchgeo")
+    if package is None or package.origin is None:
+        return ()
+    tree = ast.parse((Path(package.origin).parent / "datasets" / "__init__.py").read_text(encoding="utf-8"))
+    exported = [
+        node.value for node in tree.body if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    ]
+    return tuple(name for value in exported for name in ast.literal_eval(value))
 
 
 def load(target: str) -> Any:

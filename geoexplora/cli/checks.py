@@ -13,9 +13,18 @@ from typing import Any
 
 from geoexplora.bands import SENSORS, Sensor, nearest, resolve_groups
 from geoexplora.cli.command import Check, Finding
+from geoexplora.cli.objective_checks import OBJECTIVE_CHECKS
 from geoexplora.cli.processes import is_first_process
 from geoexplora.errors import ConfigError
-from geoexplora.registry import DATASETS, FROM_SOURCE, MODELS, Architecture, look_up, resolve_blocks
+from geoexplora.registry import (
+    DATASET_NAMES,
+    FROM_SOURCE,
+    MODELS,
+    Architecture,
+    find_dataset,
+    look_up,
+    resolve_blocks,
+)
 from geoexplora.weights.sources.addresses import exists as path_exists
 from geoexplora.weights.sources.shortcuts import SHORTCUTS, looks_fetchable
 
@@ -26,8 +35,12 @@ def _found(problem: ConfigError, *keys: str, option: str = "") -> Finding:
 
 
 def _sensor(options: Any) -> Sensor | None:
-    entry = DATASETS.get(options.dataset or "")
-    return SENSORS[entry.sensor] if entry else None
+    """The dataset's sensor, None where only the opened data tell it."""
+    try:
+        name = find_dataset(options.dataset or "").sensor
+    except ConfigError:
+        return None  # reported elsewhere
+    return None if name is None else SENSORS[name]
 
 
 def _architecture(options: Any) -> Architecture | None:
@@ -37,11 +50,11 @@ def _architecture(options: Any) -> Architecture | None:
 def dataset(options: Any) -> Iterator[Finding]:
     """The dataset is named, known, and its folder given."""
     if options.dataset is None:
-        text = f"--dataset is missing. Name one of: {', '.join(DATASETS)}."
+        text = f"--dataset is missing. Name one of: {', '.join(DATASET_NAMES)}."
         yield Finding(("dataset",), text, "unready")
         return
     try:
-        entry = look_up("dataset", options.dataset, DATASETS)
+        entry = find_dataset(options.dataset)
     except ConfigError as problem:
         yield _found(problem, "dataset", option="--dataset")
         return
@@ -121,28 +134,6 @@ def model(options: Any) -> Iterator[Finding]:
         yield _found(problem, "model", option="--model")
 
 
-def decoder(options: Any) -> Iterator[Finding]:
-    """The decoder can be built."""
-    low = [name for name in ("decoder_width", "decoder_depth", "decoder_heads") if getattr(options, name) < 1]
-    for name in low:
-        yield Finding((name,), f"--{name.replace('_', '-')} must be at least 1, not {getattr(options, name)}.")
-    if not low and options.decoder_width % options.decoder_heads:
-        yield Finding(
-            ("decoder_heads", "decoder_width"),
-            f"--decoder-width {options.decoder_width} does not divide by --decoder-heads {options.decoder_heads}.",
-        )
-    step = 4 if options.groups is None else 16  # a quarter encodes the group; sines and cosines of two axes need 4
-    if not low and options.decoder_width % step:
-        near = " or ".join(
-            str(one * step) for one in (options.decoder_width // step, options.decoder_width // step + 1) if one
-        )
-        text = (
-            f"--decoder-width {options.decoder_width} is not a multiple of {step}, which the position encoding needs."
-            f" Near it: {near}."
-        )
-        yield Finding(("decoder_width",), text)
-
-
 def start(options: Any) -> Iterator[Finding]:
     """The source weights suit the mode."""
     if options.mode == "scratch":
@@ -207,7 +198,9 @@ def rank(options: Any) -> Iterator[Finding]:
         return
     architecture = _architecture(options)
     width = architecture.width if architecture else None
-    limits = {"rank": (width, f"of {options.model}"), "decoder_rank": (options.decoder_width, "of the decoder")}
+    limits = {"rank": (width, f"of {options.model}")}
+    if options.objective == "mae":
+        limits["decoder_rank"] = (options.decoder_width, "of the decoder")
     for name, (limit, what) in limits.items():
         value, flag = getattr(options, name), f"--{name.replace('_', '-')}"
         if value < 0:
@@ -219,39 +212,23 @@ def rank(options: Any) -> Iterator[Finding]:
         yield Finding(("alpha",), f"--alpha {options.alpha:g} must be above 0.")
 
 
-def mask(options: Any) -> Iterator[Finding]:
-    """Some tokens are masked and some are not."""
-    if not 0 < options.mask_ratio < 1:
-        yield Finding(("mask_ratio",), f"--mask-ratio {options.mask_ratio:g} must lie between 0 and 1; 0.75 is usual.")
-        return
-    if min(options.image_size, options.patch_size) < 1 or options.image_size % options.patch_size:
-        return  # reported elsewhere
-    tokens = (options.image_size // options.patch_size) ** 2
-    if options.mask == "independent" and options.groups:
-        tokens *= len(options.groups)
-    if not 1 <= math.floor((1 - options.mask_ratio) * tokens) < tokens:
-        yield Finding(
-            ("image_size", "patch_size", "mask_ratio"),
-            f"an image has {tokens} token{'' if tokens == 1 else 's'} to mask, too few for --mask-ratio"
-            f" {options.mask_ratio:g}: none would be visible, or none hidden. Use larger images or smaller patches.",
-        )
-
-
 def numbers(options: Any) -> Iterator[Finding]:
     """Counts and rates of the optimization are possible."""
     at_least = {
         "batch_size": 1, "devices": 1, "num_nodes": 1, "epochs": 1, "max_steps": 1, "effective_batch_size": 1,
         "num_workers": 0, "warmup_epochs": 0, "warmup_steps": 0, "weight_decay": 0, "min_lr": 0, "seed": 0,
-        "log_every": 1, "checkpoint_every": 1, "probe_every": 0,
+        "log_every": 1, "checkpoint_every": 1, "probe_every": 0, "weight_decay_end": 0,
     }  # fmt: skip
     for name, low in at_least.items():
         value = getattr(options, name, None)
         if value is not None and not (value >= low and math.isfinite(value)):
             yield Finding((name,), f"--{name.replace('_', '-')} must be at least {low}, not {value:g}.")
-    for name in ("lr", "whole_blocks_lr_scale", "clip_grad"):
+    for name in ("lr", "whole_blocks_lr_scale", "layer_decay", "patch_embed_lr_scale", "clip_grad"):
         value = getattr(options, name, None)
         if value is not None and not (value > 0 and math.isfinite(value)):
             yield Finding((name,), f"--{name.replace('_', '-')} must be above 0, not {value:g}.")
+    if not 0 <= getattr(options, "drop_path", 0.0) < 1:
+        yield Finding(("drop_path",), f"--drop-path {options.drop_path:g} must be at least 0 and below 1.")
 
 
 def effective_batch(options: Any) -> Iterator[Finding]:
@@ -298,18 +275,20 @@ SOURCE_CHECKS: dict[Check, tuple[str, ...]] = {
 }
 """Checks of the options that say which data to read."""
 
-PRETRAIN_CHECKS: dict[Check, tuple[str, ...]] = SOURCE_CHECKS | {
-    groups: ("dataset", "bands", "groups"),
-    model_input: ("image_size", "patch_size", "crop_scale"),
-    model: ("model", "init", "resume"),
-    decoder: ("decoder_width", "decoder_depth", "decoder_heads", "groups"),
-    start: ("mode", "init", "resume"),
-    whole_blocks: ("mode", "model", "whole_blocks"),
-    rank: ("mode", "model", "rank", "decoder_rank", "decoder_width", "alpha"),
-    mask: ("mask_ratio", "image_size", "patch_size", "groups", "mask"),
-    numbers: (),
-    effective_batch: ("batch_size", "devices", "num_nodes", "effective_batch_size"),
-    length: ("epochs", "max_steps"),
-    output: ("output", "resume"),
-}
+PRETRAIN_CHECKS: dict[Check, tuple[str, ...]] = (
+    SOURCE_CHECKS
+    | OBJECTIVE_CHECKS
+    | {
+        groups: ("dataset", "bands", "groups"),
+        model_input: ("image_size", "patch_size", "crop_scale"),
+        model: ("model", "init", "resume"),
+        start: ("mode", "init", "resume"),
+        whole_blocks: ("mode", "model", "whole_blocks"),
+        rank: ("mode", "model", "objective", "rank", "decoder_rank", "decoder_width", "alpha"),
+        numbers: (),
+        effective_batch: ("batch_size", "devices", "num_nodes", "effective_batch_size"),
+        length: ("epochs", "max_steps"),
+        output: ("output", "resume"),
+    }
+)
 """Checks of pretrain."""

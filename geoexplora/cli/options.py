@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from geoexplora.cli.values import blocks, interval, name_groups, names, path, plain, setting, source
-from geoexplora.registry import DATASETS, FROM_SOURCE, MODELS
+from geoexplora.registry import DATASET_NAMES, FROM_SOURCE, MODELS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +40,28 @@ class DataOptions(Options):
         num_workers: processes that read data, for each device; the results do not depend on it.
     """
 
-    dataset: str | None = setting(None, "NAME", known=DATASETS, required=True)
+    dataset: str | None = setting(None, "NAME", known=DATASET_NAMES, required=True)
     root: str | None = setting(None, "DIR", path)
     years: tuple[int, int] = setting((2000, 2020), "FIRST,LAST", interval, expects="two years such as 2000,2020")
     missing: Literal["error", "skip"] = "error"
     max_unreadable: float = setting(0.1, "SHARE")
     num_workers: int = setting(4, "N")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FMoWRGBOptions(Options):
+    """fMoW-RGB (--dataset fmow-rgb).
+
+    Attributes:
+        crop: what of an image is a sample: baseline is the box with the context of fMoW's baseline, tight the box
+            alone, full the whole image.
+        variant: rgb is pan-sharpened, msrgb coarser.
+        false_detection: keep the 63rd class, boxes without a building or place.
+    """
+
+    crop: Literal["baseline", "tight", "full"] = "baseline"
+    variant: Literal["rgb", "msrgb"] = "rgb"
+    false_detection: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +128,18 @@ class ObjectiveOptions(Options):
     """Objective.
 
     Attributes:
-        objective: self-supervised task.
+        objective: self-supervised task: mae, a masked autoencoder, or dinov2, self-distillation; pretrain takes its
+            defaults from the dataset's recipe for it.
+    """
+
+    objective: Literal["mae", "dinov2"] = "mae"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MAEOptions(Options):
+    """Masked autoencoder (--objective mae).
+
+    Attributes:
         mask_ratio: share of tokens that the encoder does not see.
         mask: draw each token independently, or whole positions in all channel groups.
         norm_pix_loss: reconstruct pixels normalized within each patch.
@@ -120,11 +147,69 @@ class ObjectiveOptions(Options):
             (predictions in group order, bands in data order) for exact reproduction.
     """
 
-    objective: Literal["mae"] = "mae"
     mask_ratio: float = setting(0.75, "SHARE")
     mask: Literal["independent", "spatial"] = "independent"
     norm_pix_loss: bool = True
     pairing: Literal["own", "reference"] = "own"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DINOv2Options(Options):
+    """DINOv2 (--objective dinov2).
+
+    Attributes:
+        load_size: side of the square that a whole tile is read at, from which crops are cut, in pixels
+            (none: so that the smallest global crop is not enlarged).
+        local_size: side of a local crop, in pixels; must be a multiple of the patch. Global crops have --image-size.
+        local_crops: local crops of each image (0: none).
+        global_scale: smallest and largest share of the area that a global crop keeps.
+        local_scale: the same for a local crop.
+        augmentation: colour is DINOv2's (jitter, grey, blur, solarize), bands one for any sensor (gain and offset by
+            band, blur); auto takes colour for red, green and blue.
+        prototypes: outputs of the projection heads.
+        head_layers: linear layers of a head before the prototypes.
+        head_hidden: their width.
+        head_bottleneck: width before the prototypes.
+        separate_heads: a head of its own for hidden tokens (iBOT), instead of the class token's (DINO).
+        centering: what keeps the teacher from collapse, softmax with a moving center or Sinkhorn-Knopp.
+        ibot_weight: weight of the loss of hidden tokens.
+        koleo_weight: weight of KoLeo, which spreads the features of a batch (0: none).
+        mask_probability: share of global crops with hidden tokens.
+        mask_range: smallest and largest share of hidden tokens in such a crop.
+        teacher_momentum: of the teacher's moving average at the start; rises to 1.
+        teacher_temperature: of the teacher's outputs, after its warm-up.
+        teacher_temperature_start: before it.
+        teacher_warmup_epochs: epochs in which the teacher's temperature rises.
+        teacher_warmup_steps: optimizer steps instead (none: as --teacher-warmup-epochs says).
+        freeze_last_epochs: epochs in which the prototypes stay as they are, so that new heads do not ruin features.
+        freeze_last_steps: optimizer steps instead (none: as --freeze-last-epochs says).
+    """
+
+    load_size: int | None = setting(None, "PIXELS")
+    local_size: int = setting(98, "PIXELS")
+    local_crops: int = setting(8, "N")
+    global_scale: tuple[float, float] = setting((0.32, 1.0), "LOW,HIGH", interval, expects="two shares such as 0.32,1")
+    local_scale: tuple[float, float] = setting(
+        (0.05, 0.32), "LOW,HIGH", interval, expects="two shares such as 0.05,0.32"
+    )
+    augmentation: Literal["auto", "colour", "bands", "none"] = "auto"
+    prototypes: int = setting(65536, "N")
+    head_layers: int = setting(3, "N")
+    head_hidden: int = setting(2048, "N")
+    head_bottleneck: int = setting(256, "N")
+    separate_heads: bool = False
+    centering: Literal["softmax", "sinkhorn"] = "softmax"
+    ibot_weight: float = setting(1.0, "X")
+    koleo_weight: float = setting(0.1, "X")
+    mask_probability: float = setting(0.5, "SHARE")
+    mask_range: tuple[float, float] = setting((0.1, 0.5), "LOW,HIGH", interval, expects="two shares such as 0.1,0.5")
+    teacher_momentum: float = setting(0.992, "X")
+    teacher_temperature: float = setting(0.07, "X")
+    teacher_temperature_start: float = setting(0.04, "X")
+    teacher_warmup_epochs: float = setting(30.0, "N")
+    teacher_warmup_steps: int | None = setting(None, "N")
+    freeze_last_epochs: float = setting(3.0, "N")
+    freeze_last_steps: int | None = setting(None, "N")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +222,8 @@ class ExploraOptions(Options):
         whole_blocks: blocks trained whole, from 1 to L, the last; L-1 is the last but one; none.
         rank: rank of LoRA on Q and V of all other blocks (0: no LoRA).
         alpha: LoRA's scale is alpha / rank (none: alpha = rank).
-        decoder_rank: rank of LoRA in the decoder (0: no LoRA there).
+        decoder_rank: rank of LoRA in the decoder of a masked autoencoder (0: no LoRA there).
+        drop_path: largest rate of stochastic depth, rising with depth.
     """
 
     mode: Literal["explora", "full", "scratch"] = "explora"
@@ -145,6 +231,7 @@ class ExploraOptions(Options):
     rank: int = setting(32, "N")
     alpha: float | None = setting(None, "X")
     decoder_rank: int = setting(8, "N")
+    drop_path: float = setting(0.0, "RATE")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,12 +244,16 @@ class OptimizationOptions(Options):
         batch_size: images on one device in one forward pass.
         effective_batch_size: images in one optimizer step, by gradient accumulation
             (none: batch size x devices x nodes).
-        lr: learning rate for 256 images in a step; scaled by effective batch size / 256.
+        lr: learning rate for 256 images in a step, scaled by effective batch size / 256; with dinov2 for 1024
+            images, scaled by the square root of effective batch size / 1024.
         whole_blocks_lr_scale: learning rate of whole blocks and norms, relative to that of LoRA and embeddings.
-        min_lr: learning rate for 256 images where the cosine ends.
+        layer_decay: factor of the learning rate of what goes on from the source, for each layer that lies above it.
+        patch_embed_lr_scale: further factor for patch embeddings that go on from the source.
+        min_lr: learning rate where the cosine ends, scaled as --lr.
         warmup_epochs: epochs of linear warm-up.
         warmup_steps: optimizer steps of linear warm-up (none: as --warmup-epochs says).
         weight_decay: AdamW's weight decay.
+        weight_decay_end: what it reaches at the end, by a cosine (none: it stays).
         clip_grad: largest norm of the gradient (none: no clipping).
         seed: seed of the weights, the order of the data, crops and masks.
     """
@@ -173,10 +264,13 @@ class OptimizationOptions(Options):
     effective_batch_size: int | None = setting(None, "IMAGES")
     lr: float = setting(4.5e-4, "X")
     whole_blocks_lr_scale: float = setting(1.0, "X")
+    layer_decay: float = setting(1.0, "X")
+    patch_embed_lr_scale: float = setting(1.0, "X")
     min_lr: float = setting(0.0, "X")
     warmup_epochs: float = setting(1.0, "N")
     warmup_steps: int | None = setting(None, "N")
     weight_decay: float = setting(0.0, "X")
+    weight_decay_end: float | None = setting(None, "X")
     clip_grad: float | None = setting(None, "NORM")
     seed: int = setting(0, "N")
 

@@ -8,8 +8,11 @@ from geoexplora.cli.checks import PRETRAIN_CHECKS
 from geoexplora.cli.command import Command
 from geoexplora.cli.options import (
     DataOptions,
+    DINOv2Options,
     ExploraOptions,
+    FMoWRGBOptions,
     InputOptions,
+    MAEOptions,
     ModelOptions,
     ObjectiveOptions,
     OptimizationOptions,
@@ -23,10 +26,13 @@ class PretrainOptions(
     RunOptions,
     ScalingOptions,
     OptimizationOptions,
+    DINOv2Options,
+    MAEOptions,
     ObjectiveOptions,
     ExploraOptions,
     ModelOptions,
     InputOptions,
+    FMoWRGBOptions,
     DataOptions,
 ):
     """Settings of ``geoexplora pretrain``; the base classes hold them, by group."""
@@ -55,6 +61,8 @@ COMMAND = Command(
     examples=(
         "pretrain --dataset fmow-sentinel --root data/fmow --init mae_visualize_vit_large.pth --output runs/a",
         "pretrain --dataset fmow-sentinel --root data/fmow --model vit_base --rank 16 --output runs/b",
+        "pretrain --dataset fmow-rgb --root data/fmow --init dinov2-vitl14 --output runs/c",
+        "pretrain --dataset torchgeo:RESISC45 --root data/resisc45 --objective mae --init mae-vitb16 --output runs/d",
         "pretrain --resume runs/a",
         "pretrain --config my.yaml --max-steps 100 --print-config",
     ),

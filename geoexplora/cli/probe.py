@@ -9,7 +9,7 @@ from typing import Literal
 
 from geoexplora.cli import checks
 from geoexplora.cli.command import Check, Command, Finding
-from geoexplora.cli.options import DataOptions, DeviceOptions, Options
+from geoexplora.cli.options import DataOptions, DeviceOptions, FMoWRGBOptions, Options
 from geoexplora.cli.values import names, path, setting, source
 
 
@@ -52,7 +52,7 @@ class EvaluationOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeOptions(DeviceOptions, EvaluationOptions, EncoderOptions, DataOptions):
+class ProbeOptions(DeviceOptions, EvaluationOptions, EncoderOptions, FMoWRGBOptions, DataOptions):
     """Settings of ``geoexplora probe``; the base classes hold them, by group."""
 
 

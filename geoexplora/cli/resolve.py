@@ -19,7 +19,12 @@ from geoexplora.cli.resuming import compare, saved_config
 from geoexplora.cli.values import is_null
 from geoexplora.errors import ConfigError
 
-REPLACED = {"epochs": "max_steps", "warmup_epochs": "warmup_steps"}
+REPLACED = {
+    "epochs": "max_steps",
+    "warmup_epochs": "warmup_steps",
+    "teacher_warmup_epochs": "teacher_warmup_steps",
+    "freeze_last_epochs": "freeze_last_steps",
+}
 """Lengths in epochs, and the lengths in steps that would hide them: who sets the first no longer wants the second."""
 
 
@@ -62,7 +67,7 @@ def resolve(command: Command, argv: Sequence[str]) -> Request:
         settled.apply(read_yaml(run.text, run.label, list(command.fields), command.name))
         before = dict(settled.values)
     else:
-        settled.apply(_recipe_layer(command, _text(layers, "dataset")))
+        settled.apply(_recipe_layer(command, _text(layers, "dataset"), _text(layers, "objective")))
     for layer in layers:
         settled.apply(layer)
     request = Request(parser, command.options(**settled.values), arguments.help, arguments.print_config)
@@ -143,10 +148,11 @@ def _config_layer(command: Command, name: str) -> Layer:
     return read_yaml(text, label, list(command.fields), command.name)
 
 
-def _recipe_layer(command: Command, dataset: str) -> Layer:
-    """The recipe that ``--dataset`` stands for, where the command has one for it."""
-    name = f"{command.name}/{dataset}"
-    return _config_layer(command, name) if command.configurable and name in recipe_names() else Layer()
+def _recipe_layer(command: Command, dataset: str, objective: str) -> Layer:
+    """The recipe that ``--dataset`` stands for, where the command has one for it, or for it with ``--objective``."""
+    known = recipe_names() if command.configurable else []
+    names = (f"{command.name}/{dataset}-{objective}", f"{command.name}/{dataset}")
+    return next((_config_layer(command, name) for name in names if name in known), Layer())
 
 
 def numbered(problems: Sequence[str]) -> str:

@@ -1,8 +1,15 @@
 """Datamodules: batches of normalized crops from named bands, in an order that can be taken up again."""
 
+from geoexplora.datamodules.fmow_rgb import FMoWRGBDataModule
 from geoexplora.datamodules.fmow_sentinel import FMoWSentinelDataModule
 from geoexplora.datamodules.photographs import PhotographsDataModule
 from geoexplora.datamodules.sampling import StepBatchSampler
 from geoexplora.datamodules.tiles import TilesDataModule
 
-__all__ = ["FMoWSentinelDataModule", "PhotographsDataModule", "StepBatchSampler", "TilesDataModule"]
+__all__ = [
+    "FMoWRGBDataModule",
+    "FMoWSentinelDataModule",
+    "PhotographsDataModule",
+    "StepBatchSampler",
+    "TilesDataModule",
+]

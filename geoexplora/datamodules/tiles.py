@@ -18,7 +18,7 @@ from geoexplora.datamodules.views import EvaluationView, TrainView
 from geoexplora.datasets.plot import plot_tile
 from geoexplora.datasets.tiles import TileSource
 from geoexplora.errors import ConfigError
-from geoexplora.transforms.crop import EvaluationCrop, TrainCrop
+from geoexplora.transforms.crop import EvaluationCrop, TrainCrop, WholeTile
 from geoexplora.transforms.normalization import Normalization
 
 Batch = dict[str, Tensor]
@@ -34,8 +34,10 @@ class TilesDataModule(NonGeoDataModule):
     Crop, normalization and resizing happen in the loader's workers (by measurement: benchmarks/data_loading.py), so
     TorchGeo's augmentation on the device is the identity and nothing is normalized twice.
 
-    A batch holds ``image`` (B, C, S, S), float32, normalized; ``unreadable`` (B,), int64, -1 or the index of a tile
-    that another one stands in for; and ``label`` (B,), int64, where there are labels.
+    A batch holds ``image`` (B, C, S, S), float32, normalized; ``index`` (B,), int64, of the tiles asked for;
+    ``unreadable`` (B,), int64, -1 or the index of a tile that another one stands in for; and ``label`` (B,), int64,
+    where there are labels. Training on whole tiles (``whole_tiles``) adds ``size`` (B, 2), int64, the tiles' heights
+    and widths: there the crops are left to ``geoexplora.transforms.MultiCrop`` on the device.
 
     With several processes construct the Trainer with ``use_distributed_sampler=False``: each process takes its part
     of a batch by itself.
@@ -48,6 +50,8 @@ class TilesDataModule(NonGeoDataModule):
         antialias: whether resizing is antialiased.
         num_batches: where the training order ends, counted from its very start; None: the trainer counts epochs.
         first_batch: where the training order starts, given ``num_batches``; set it to take a run up again.
+        whole_tiles: train on whole tiles, stretched to squares of this many pixels; None: on random crops. Set it
+            before ``setup``.
 
     Args:
         dataset_class: the dataset's class.
@@ -112,6 +116,7 @@ class TilesDataModule(NonGeoDataModule):
         self.classes: tuple[str, ...] = ()
         self.first_batch = 0
         self.num_batches: int | None = None
+        self.whole_tiles: int | None = None
         self._sources: dict[str, TileSource] = {}
 
     def has_split(self, split: str) -> bool:
@@ -142,10 +147,17 @@ class TilesDataModule(NonGeoDataModule):
         never calls.
 
         Raises:
+            ConfigError: if the size of whole tiles is not positive.
             DataError: if it is missing or not what it should be.
         """
         if stage == "fit":
-            crop = TrainCrop(self.normalization, self.image_size, self.crop_scale, self.antialias)
+            crop: TrainCrop | WholeTile
+            if self.whole_tiles is None:
+                crop = TrainCrop(self.normalization, self.image_size, self.crop_scale, self.antialias)
+            elif self.whole_tiles < 1:
+                raise ConfigError(f"whole tiles of {self.whole_tiles} px cannot be", "Give a size of at least 1 pixel.")
+            else:
+                crop = WholeTile(self.normalization, self.whole_tiles, self.antialias)
             self.train_dataset = TrainView(self.source("train"), crop, self.seed)
         if stage == "validate":
             self.val_dataset = self.eval_dataset("val")

@@ -12,13 +12,13 @@ from torch.utils.data import Dataset
 
 from geoexplora.datamodules.sampling import Key, generator
 from geoexplora.datasets.tiles import Tile, TileSource
-from geoexplora.transforms.crop import EvaluationCrop, TrainCrop
+from geoexplora.transforms.crop import EvaluationCrop, TrainCrop, WholeTile
 
 Sample = dict[str, Tensor]
 
 
-def _sample(image: Tensor, tile: Tile) -> Sample:
-    sample = {"image": image, "unreadable": torch.tensor(tile.unreadable)}
+def _sample(image: Tensor, tile: Tile, index: int) -> Sample:
+    sample = {"image": image, "index": torch.tensor(index), "unreadable": torch.tensor(tile.unreadable)}
     if tile.label is not None:
         sample["label"] = torch.tensor(tile.label)
     return sample
@@ -27,16 +27,17 @@ def _sample(image: Tensor, tile: Tile) -> Sample:
 class TrainView(Dataset[Sample]):
     """The augmented view: ``view[(epoch, index)]`` depends on nothing but seed, epoch and index.
 
-    ``view[index]`` is ``view[(0, index)]``. Samples hold ``image`` (C, S, S), float32, ``unreadable``, int64, and
-    ``label``, int64, where the source has labels.
+    ``view[index]`` is ``view[(0, index)]``. Samples hold ``image`` (C, S, S), float32, ``index``, the one asked for,
+    int64, ``unreadable``, int64, and ``label``, int64, where the source has labels; whole tiles also ``size`` (2,),
+    int64, their height and width before.
 
     Args:
         source: the dataset of raw tiles.
-        crop: the augmentation.
+        crop: the augmentation, or whole tiles for augmentation elsewhere.
         seed: of the augmentation.
     """
 
-    def __init__(self, source: TileSource, crop: TrainCrop, seed: int = 0) -> None:
+    def __init__(self, source: TileSource, crop: TrainCrop | WholeTile, seed: int = 0) -> None:
         self.source = source
         self.crop = crop
         self.seed = seed
@@ -49,7 +50,10 @@ class TrainView(Dataset[Sample]):
         """The sample of that index, as augmented in that epoch."""
         epoch, index = (0, key) if isinstance(key, int) else key
         tile = self.source.read(index)
-        return _sample(self.crop(tile.image, generator(self.seed, epoch, index)), tile)
+        sample = _sample(self.crop(tile.image, generator(self.seed, epoch, index)), tile, index)
+        if isinstance(self.crop, WholeTile):
+            sample["size"] = torch.tensor(tile.image.shape[1:])
+        return sample
 
 
 class EvaluationView(Dataset[Sample]):
@@ -92,4 +96,4 @@ class EvaluationView(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         """The sample of that index."""
         tile = self.source.read(index)
-        return _sample(self.crop(tile.image), tile)
+        return _sample(self.crop(tile.image), tile, index)

@@ -8,11 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from torch import Tensor
-from torchgeo.datasets import NonGeoDataset
 
 from geoexplora.bands import FMOW_SENTINEL_BANDS, FMOW_SENTINEL_STATISTICS, SENTINEL2
 from geoexplora.datasets.fmow_index import (
@@ -25,27 +21,21 @@ from geoexplora.datasets.fmow_index import (
     table_path,
     tile_path,
 )
-from geoexplora.datasets.plot import plot_tile
-from geoexplora.datasets.tiles import Tile, UnreadableTiles, UnusableTileError, read_geotiff, too_many
+from geoexplora.datasets.tile_dataset import Sample, TileDataset, fmow_classes, outside_years
+from geoexplora.datasets.tiles import UnreadableTiles, read_geotiff
 from geoexplora.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-Sample = dict[str, Any]
 
-
-class FMoWSentinel(NonGeoDataset):
+class FMoWSentinel(TileDataset):
     """fMoW-Sentinel, or any tree of the same layout.
 
     The csv file of a split decides which tiles belong to it; the tree may hold more files than it has rows::
 
         fmow-sentinel/<split>/<category>/<category>_<location_id>/<category>_<location_id>_<image_id>.tif
 
-    Each tile is a GeoTIFF of all 13 Sentinel-2 bands; tile sizes vary. A sample holds ``image`` (C, h, w), float32 in
-    the sensor's units, ``label``, int64, and ``unreadable``, int64: -1, or the index that was asked for if that tile
-    could not be read and the next readable one stands in for it.
-
-    Only arrays are held, so that loader workers share the memory of their parent.
+    Each tile is a GeoTIFF of all 13 Sentinel-2 bands; tile sizes vary. Samples are described in ``TileDataset``.
 
     Args:
         root: the folder that holds ``fmow-sentinel/``, or that folder; csv files beside or in it.
@@ -90,7 +80,7 @@ class FMoWSentinel(NonGeoDataset):
         self._table_path = table_path(layout, self.split, self.root)
         table = read_table(self._table_path)
         found = {name for path in layout.tables.values() for name in read_table(path).categories}
-        self.classes = _classes(found)
+        self.classes = fmow_classes(found)
         if self.classes != OFFICIAL_CLASSES and self.split == next(iter(layout.tables)):  # once for all splits
             logger.info("classes: the %d found in the csv files, not fMoW's 62", len(self.classes))
 
@@ -102,42 +92,25 @@ class FMoWSentinel(NonGeoDataset):
         self.timestamps: NDArray[np.datetime64] = table.timestamps[rows]
         self.unreadable = UnreadableTiles(len(rows), max_unreadable)
 
-    def __len__(self) -> int:
-        """Number of tiles."""
-        return len(self.labels)
-
     def path(self, index: int) -> Path:
         """The file of a tile."""
         category = self.classes[self.labels[index]]
         location_id, image_id = int(self.location_ids[index]), int(self.image_ids[index])
         return tile_path(self._tiles, self.split, category, location_id, image_id)
 
-    def read(self, index: int) -> Tile:
-        """Read a raw tile, or the next readable one in its stead, without taking note of it.
-
-        Args:
-            index: of the tile; negative ones count from the end.
+    def load(self, index: int) -> NDArray[Any]:
+        """The tile of that very index.
 
         Returns:
-            The tile, (C, h, w) in the file's own type, or float32 if it has missing pixels: NaN, infinite, or of the
-            value that the file's nodata tag names. These hold the mean of the tile's other pixels of the band; a band
-            without any holds the mean published for fMoW-Sentinel.
+            (C, h, w) in the file's own type, or float32 if it has missing pixels: NaN, infinite, or of the value that
+            the file's nodata tag names. These hold the mean of the tile's other pixels of the band; a band without any
+            holds the mean published for fMoW-Sentinel.
 
         Raises:
-            DataError: if the tile has another number of bands, or more tiles in a row than bearable are unreadable.
-            IndexError: if there is no such tile.
+            UnusableTileError: if it cannot be read or holds no data.
+            DataError: if it has another number of bands.
         """
-        wanted = range(len(self))[index]
-        bad: list[str] = []
-        while len(bad) <= self.unreadable.limit and len(bad) < len(self):
-            at = (wanted + len(bad)) % len(self)
-            try:
-                image = read_geotiff(self.path(at), SENTINEL2.band_names, self._keep, self.nodata)
-            except UnusableTileError as error:
-                bad.append(f"{self.path(at)} ({error})")
-                continue
-            return Tile(self._filled(image), int(self.labels[at]), wanted if bad else -1)
-        raise too_many(bad, len(self), self.unreadable.share)
+        return self._filled(read_geotiff(self.path(index), SENTINEL2.band_names, self._keep, self.nodata))
 
     def _filled(self, image: NDArray[Any]) -> NDArray[Any]:
         if image.dtype.kind != "f" or (valid := np.isfinite(image)).all():
@@ -147,67 +120,11 @@ class FMoWSentinel(NonGeoDataset):
         means = np.where(counts > 0, sums / np.maximum(counts, 1), self._fill)
         return np.where(valid, image, means.astype(np.float32)[:, None, None])
 
-    def note_unreadable(self, index: int) -> None:
-        """Count an unreadable tile, and name it with the reason.
-
-        A loader's main process calls this for what its workers met; reading samples directly does so by itself. Only
-        the index comes from a worker: the reason is found by looking at the file again, once.
-
-        Raises:
-            DataError: if more distinct tiles than bearable were unreadable.
-        """
-        if index in self.unreadable.seen:
-            return
-        reason = "it could not be read at first"
-        try:
-            read_geotiff(self.path(index), SENTINEL2.band_names, self._keep, self.nodata)
-        except UnusableTileError as error:
-            reason = str(error)
-        self.unreadable.add(index, self.path(index), reason)
-
-    def __getitem__(self, index: int) -> Sample:
-        """A sample with ``image``, ``label`` and ``unreadable``.
-
-        Raises:
-            DataError: as ``read`` and ``note_unreadable``.
-        """
-        tile = self.read(index)
-        if tile.unreadable >= 0:
-            self.note_unreadable(tile.unreadable)
-        sample: Sample = {
-            "image": torch.from_numpy(np.ascontiguousarray(tile.image, dtype=np.float32)),
-            "label": torch.tensor(tile.label),
-            "unreadable": torch.tensor(tile.unreadable),
-        }
-        return self.transforms(sample) if self.transforms is not None else sample
-
-    def plot(self, sample: Sample, show_titles: bool = True, suptitle: str | None = None) -> Figure:
-        """Plot a sample in true colour, or its first band in grey where red, green and blue are not all there.
-
-        Args:
-            sample: as returned by ``__getitem__``; a ``prediction`` in it is named in the title.
-            show_titles: whether to name the class above the picture.
-            suptitle: a title for the whole figure.
-
-        Returns:
-            The figure.
-        """
-        title = None
-        if show_titles:
-            title = self._class(sample.get("label"))
-            if "prediction" in sample:
-                title = f"{title}\npredicted: {self._class(sample['prediction'])}"
-        return plot_tile(sample["image"], self.bands, self.sensor, title, suptitle)
-
-    def _class(self, label: Tensor | int | None) -> str:
-        return "" if label is None else self.classes[int(label)]
-
     def _rows(self, table: Table, years: tuple[int, int] | None, missing: str) -> NDArray[np.int64]:
         rows = np.arange(len(table.codes))
         dropped = []
         if years is not None:
-            year = table.timestamps.astype("datetime64[Y]").astype(np.int64) + 1970
-            keep = (year >= years[0]) & (year <= years[1])
+            keep = ~outside_years(table.timestamps, years)
             dropped.append(f"{np.count_nonzero(~keep)} outside the years {years[0]} to {years[1]}")
             rows = rows[keep]
         absent = find_missing(self._tiles, self.split, table, rows)
@@ -240,7 +157,3 @@ class FMoWSentinel(NonGeoDataset):
     def _row_path(self, table: Table, row: int) -> Path:
         category = table.categories[table.codes[row]]
         return tile_path(self._tiles, self.split, category, int(table.location_ids[row]), int(table.image_ids[row]))
-
-
-def _classes(found: set[str]) -> tuple[str, ...]:
-    return OFFICIAL_CLASSES if found <= set(OFFICIAL_CLASSES) else tuple(sorted(found))

@@ -69,7 +69,7 @@ def write_fmow_tree(
     present = [str(root / f"{split}.csv") for split in splits if (root / f"{split}.csv").exists()]
     if present:
         raise DataError(f"{present[0]} exists already", "Give an empty folder, or remove the old tree.")
-    kept = _evenly(tiles, limit)
+    kept = evenly(tiles, limit)
     try:
         # One environment around all files spares each of them its own.
         with rasterio.Env(GDAL_PAM_ENABLED=False):
@@ -80,8 +80,8 @@ def write_fmow_tree(
     return root
 
 
-def _evenly(tiles: sample.Tiles, limit: int | None) -> NDArray[np.int64]:
-    """Positions of the tiles to keep."""
+def evenly(tiles: sample.Tiles, limit: int | None) -> NDArray[np.int64]:
+    """Positions of the tiles to keep: at most so many of a class and block, evenly spread."""
     everything = np.arange(len(tiles))
     if limit is None:
         return everything

@@ -1,6 +1,13 @@
 """ExPLoRA: whole blocks, LoRA on Q and V, norms and embeddings of a frozen vision transformer."""
 
-from geoexplora.explora.adapter import is_adapter, load_adapted_encoder, load_adapter, read_adapter, save_adapter
+from geoexplora.explora.adapter import (
+    is_adapter,
+    load_adapted_encoder,
+    load_adapter,
+    read_adapter,
+    save_adapter,
+    trained_names,
+)
 from geoexplora.explora.apply import apply_explora, apply_explora_to_decoder
 from geoexplora.explora.attention import SplitAttention
 from geoexplora.explora.config import ExploraConfig, resolve_blocks
@@ -24,4 +31,5 @@ __all__ = [
     "resolve_blocks",
     "save_adapter",
     "table_to_json",
+    "trained_names",
 ]

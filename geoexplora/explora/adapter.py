@@ -35,18 +35,27 @@ CONFIG_FILE = "adapter_config.json"
 _PEFT_PREFIX = "base_model.model."
 
 
-def adapter_tensors(encoder: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def trained_names(encoder: nn.Module) -> frozenset[str]:
+    """Names of what is trained of an encoder."""
+    return frozenset(name for name, parameter in encoder.named_parameters() if parameter.requires_grad)
+
+
+def adapter_tensors(
+    encoder: Any, trained_parameters: frozenset[str] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Split the trained tensors of an encoder.
 
     Args:
         encoder: a ViT after ``apply_explora``.
+        trained_parameters: names of what was trained, where the encoder is an average that takes no gradients itself.
 
     Returns:
-        LoRA tensors under peft's names, and all other trainable tensors under their own.
+        LoRA tensors under peft's names, and all other trained tensors under their own.
     """
+    names = trained_names(encoder) if trained_parameters is None else trained_parameters
     lora, trained = {}, {}
     for name, parameter in encoder.named_parameters():
-        if not parameter.requires_grad:
+        if name not in names:
             continue
         tensor = parameter.detach().cpu().contiguous()
         if ".lora_" in name:
@@ -56,7 +65,13 @@ def adapter_tensors(encoder: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]
     return lora, trained
 
 
-def save_adapter(folder: Path, encoder: Any, config: ExploraConfig, spec: EncoderSpec) -> None:
+def save_adapter(
+    folder: Path,
+    encoder: Any,
+    config: ExploraConfig,
+    spec: EncoderSpec,
+    trained_parameters: frozenset[str] | None = None,
+) -> None:
     """Write what was trained.
 
     Args:
@@ -64,11 +79,12 @@ def save_adapter(folder: Path, encoder: Any, config: ExploraConfig, spec: Encode
         encoder: a ViT after ``apply_explora``.
         config: what was trained; stored in the header.
         spec: the encoder's description; its ``source`` says which weights the adapter fits.
+        trained_parameters: see ``adapter_tensors``.
 
     Raises:
         RunError: if it cannot be written.
     """
-    lora, trained = adapter_tensors(encoder)
+    lora, trained = adapter_tensors(encoder, trained_parameters)
     header = spec.to_metadata() | {"geoexplora": "adapter", "explora": json.dumps(vars(config))}
     if lora:
         settings = encoder.peft_config[ADAPTER].to_dict()

@@ -122,7 +122,9 @@ class GroupPatchEmbed(nn.ModuleList):
             x: (B, C, H, W).
 
         Returns:
-            (B, G * L, D): group by group, positions row by row within a group.
+            (B, G * L, D): group by group, positions row by row within a group; (B, G, H/P, W/P, D) where the members
+            keep the grid (``output_fmt="NHWC"``, which timm asks for where images are of any size).
         """
         embeds: Any = iter(self)
-        return torch.cat([embed(x[:, list(group)]) for embed, group in zip(embeds, self.groups, strict=True)], dim=1)
+        tokens = [embed(x[:, list(group)]) for embed, group in zip(embeds, self.groups, strict=True)]
+        return torch.stack(tokens, dim=1) if tokens[0].ndim == 4 else torch.cat(tokens, dim=1)

@@ -52,8 +52,8 @@ class GroupChannelVisionTransformer(VisionTransformer):
     ) -> None:
         if grid_features not in {"mean", "concat"}:
             raise ValueError(f"grid_features must be 'mean' or 'concat', not {grid_features!r}")
-        if kwargs.get("dynamic_img_size") or not kwargs.get("class_token", True):
-            raise ValueError("needs a class token and images of one size, which set_input_size changes")
+        if not kwargs.get("class_token", True):
+            raise ValueError("needs a class token")
         super().__init__(
             img_size=img_size,
             patch_size=patch_size,
@@ -109,16 +109,22 @@ class GroupChannelVisionTransformer(VisionTransformer):
         )
         self.pos_embed = nn.Parameter(resampled, requires_grad=self.pos_embed.requires_grad)
 
-    def encodings(self) -> Tensor:
-        """The encoding of every patch token, (1, G * L, D), group by group."""
-        position = self.pos_embed[:, self.num_prefix_tokens :]
-        length = position.shape[1]
-        position = position.unsqueeze(1).expand(-1, self.num_groups, -1, -1)
+    def encodings(self, grid: tuple[int, int] | None = None) -> Tensor:
+        """The encoding of every patch token, (1, G * L, D), group by group.
+
+        Args:
+            grid: rows and columns of positions, where they are not the model's own.
+        """
+        own, prefix = self.patch_embed.grid_size, self.num_prefix_tokens
+        encoding = resample_abs_pos_embed(self.pos_embed, grid or own, own, num_prefix_tokens=prefix)[:, prefix:]
+        length = encoding.shape[1]
+        position = encoding.unsqueeze(1).expand(-1, self.num_groups, -1, -1)
         channel = self.channel_embed.unsqueeze(2).expand(-1, -1, length, -1)
         return torch.cat([position, channel], dim=-1).flatten(1, 2)
 
     def _pos_embed(self, x: Tensor) -> Tensor:
-        x = x + self.encodings()
+        grid = (x.shape[2], x.shape[3]) if x.ndim == 5 else None  # kept where images are of any size
+        x = (x if grid is None else x.flatten(1, 3)) + self.encodings(grid)
         prefix = self.cls_token
         if self.channel_cls_embed is not None:
             prefix = prefix + torch.cat([self.pos_embed[:, :1], self.channel_cls_embed], dim=-1)

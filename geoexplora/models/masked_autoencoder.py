@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from geoexplora.models.decoder import MAEDecoder
+from geoexplora.models.encoding import embed, transform
 
 
 class MAEOutput(NamedTuple):
@@ -56,15 +57,9 @@ class MaskedAutoencoder(nn.Module):
         """
         encoder = self.encoder
         prefix: int = encoder.num_prefix_tokens
-        tokens = encoder._pos_embed(encoder.patch_embed(images))
+        tokens = embed(encoder, images)
         visible = tokens[:, prefix:].gather(1, keep.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
-        x = encoder.norm_pre(torch.cat([tokens[:, :prefix], visible], dim=1))
-        if encoder.grad_checkpointing and self.training:
-            for block in encoder.blocks:
-                x = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
-        else:
-            x = encoder.blocks(x)
-        x = encoder.norm(x)
+        x = transform(encoder, torch.cat([tokens[:, :prefix], visible], dim=1))
         return x if prefix == 1 else torch.cat([x[:, :1], x[:, prefix:]], dim=1)
 
     def forward(self, images: Tensor, keep: Tensor) -> MAEOutput:

@@ -60,7 +60,10 @@ class RunFolder:
         self.adapter = self.path / "adapter"
         self.plots = self.path / "plots"
         self.loss_plot = self.plots / "loss.png"
+        self.health_plot = self.plots / "health.png"
         self.reconstruction_plot = self.plots / "reconstruction.png"
+        self.features_plot = self.plots / "features.png"
+        self.features_before = self.plots / "features-before.npz"
         self._lock = FolderLock(self.path)
 
     def __repr__(self) -> str:

@@ -1,11 +1,10 @@
-"""Pictures of a run: its loss, and what a masked autoencoder reconstructs.
-
-Shapes: N images, C bands, H W size.
-"""
+"""Curves of a run over its optimizer steps: the loss and the probe, and the health of the training."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,52 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from torch import Tensor
 
-from geoexplora.bands import Sensor
+from geoexplora.runs.figures import save_figure
 from geoexplora.runs.metrics import Row, read_metrics
-from geoexplora.weights.atomic import atomic_path
 
 Array = npt.NDArray[np.float64]
 
-_HIDDEN = 0.5
 _SMOOTH_FROM = 60
-_STRETCH = (2.0, 98.0)
+_LOG_FROM = 2.0
+"""Decades that values must span to be drawn on a logarithmic scale."""
 _COLOURS = ("#1f6fb4", "#d1622b", "#3a8f4d", "#7d55a3")
+_WARNING = "#c02020"
+
+
+@dataclass(frozen=True)
+class _Panel:
+    """Columns of metrics.csv that are drawn together.
+
+    Attributes:
+        title: what they are, with the unit.
+        columns: those that are there are drawn.
+        first: draw the first value dashed, to compare with.
+        logarithmic: use a logarithmic scale where the values span many decades.
+        noisy: draw a running mean of many values.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    first: bool = False
+    logarithmic: bool = False
+    noisy: bool = True
+
+
+_HEALTH = (
+    _Panel("loss by part", ("dino_loss", "ibot_loss", "koleo_loss")),
+    _Panel("teacher entropy (nats)", ("teacher_entropy", "teacher_mean_entropy")),
+    _Panel("KL divergence of student from teacher (nats)", ("teacher_student_kl",)),
+    _Panel("spread of features (0: collapsed, 1: even)", ("feature_std",), first=True),
+    _Panel("effective rank of features", ("feature_rank",), first=True),
+    _Panel("gradient norm", ("grad_norm",), logarithmic=True),
+)
+_SCHEDULES = (
+    _Panel("learning rate", ("lr",), noisy=False),
+    _Panel("weight decay", ("weight_decay",), noisy=False),
+    _Panel("teacher momentum", ("teacher_momentum",), noisy=False),
+    _Panel("teacher temperature", ("teacher_temperature",), noisy=False),
+)
 
 
 def plot_loss(metrics: Path, target: Path, *, loss: str = "loss", probe: str = "knn") -> bool:
@@ -50,82 +83,60 @@ def plot_loss(metrics: Path, target: Path, *, loss: str = "loss", probe: str = "
     heights = [2, 1] if probes else [1]
     figure = Figure(figsize=(7, 5.2 if probes else 3.6), layout="constrained")
     axes: Any = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    _draw_loss(axes[0], *_series(rows, loss), loss)
+    steps, values = _series(rows, loss)
+    window = _window(values)
+    _draw_curve(axes[0], steps, values, _COLOURS[0], f"mean of {window} points" if window else None, window)
+    _mark_not_finite(axes[0], [(steps, values)])
+    axes[0].set_ylabel(loss)
+    if axes[0].get_legend_handles_labels()[1]:
+        axes[0].legend(frameon=False)
     if probes:
         _draw_probes(axes[1], rows, probes)
     axes[-1].set_xlabel("optimizer step")
-    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in axes:
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-    _save(figure, target)
+        _dress(axis)
+    save_figure(figure, target)
     return True
 
 
-def plot_reconstruction(
-    target: Path,
-    images: Tensor,
-    masked: Tensor,
-    reconstructions: Tensor,
-    bands: Sequence[str],
-    sensor: Sensor,
-    *,
-    shown: Sequence[str] | None = None,
-) -> None:
-    """Draw input, what the encoder saw of it, and the reconstruction, side by side, a row for each image.
+def plot_health(metrics: Path, target: Path) -> bool:
+    """Draw what tells a sound training from a collapsing one, and its schedules, against the optimizer step.
 
-    The stretch to the visible range is that of the input (2nd to 98th percentile of each band), for all three.
+    A panel for each of these that the run logged: losses by part, entropy of the teacher (with its upper bound),
+    Kullback-Leibler divergence of the student from it, standard deviation and effective rank of the features, gradient
+    norm; and small ones for learning rate, weight decay, teacher momentum and temperature. Values that are not finite
+    are marked by crosses below.
 
     Args:
+        metrics: the run's metrics.csv.
         target: the PNG to write, whole or not at all.
-        images: (N, C, H, W), in the sensor's units (not normalized).
-        masked: (N, C, H, W), the same with NaN where hidden; drawn grey.
-        reconstructions: (N, C, H, W), in the sensor's units.
-        bands: names of the C bands.
-        sensor: their sensor.
-        shown: three bands to draw as red, green and blue; by default true colour where the bands have it, else the
-            longest, middle and shortest wavelength.
+
+    Returns:
+        Whether there was anything to draw.
 
     Raises:
-        ValueError: if the shapes differ.
-        ConfigError: if a band to be shown is unknown to the sensor.
-        RunError: if the picture cannot be written.
+        RunError: if the metrics cannot be read or the picture cannot be written.
     """
-    if not images.shape == masked.shape == reconstructions.shape or images.shape[1] != len(bands):
-        raise ValueError(f"shapes differ: {images.shape}, {masked.shape}, {reconstructions.shape}, {len(bands)} bands")
-    colours, title = colour_bands(bands, sensor) if shown is None else (sensor.select(shown), ", ".join(shown))
-    at = [list(bands).index(name) for name in colours]
-    pictures = [
-        x.detach().cpu().double().numpy()[:, at].transpose(0, 2, 3, 1) for x in (images, masked, reconstructions)
-    ]
-    count = len(images)
-    figure = Figure(figsize=(6.3, 2.05 * count + 0.45), layout="constrained")
-    grid: Any = figure.subplots(count, 3, squeeze=False)
-    for row in range(count):
-        low, high = _limits(pictures[0][row])
-        for column, (picture, label) in enumerate(zip(pictures, ("input", "masked", "reconstruction"), strict=True)):
-            axis = grid[row, column]
-            axis.imshow(_stretch(picture[row], low, high), interpolation="nearest")
-            axis.set_axis_off()
-            if row == 0:
-                axis.set_title(label, fontsize=10)
-    figure.suptitle(f"{sensor.name}, {title}", fontsize=9, color="0.35")
-    _save(figure, target)
-
-
-def colour_bands(bands: Sequence[str], sensor: Sensor) -> tuple[tuple[str, str, str], str]:
-    """Which bands to draw as red, green and blue, and what to call that.
-
-    Args:
-        bands: names of the bands at hand.
-        sensor: their sensor.
-    """
-    common = {sensor.band(name).common_name: name for name in bands}
-    if {"red", "green", "blue"} <= common.keys():
-        return (common["red"], common["green"], common["blue"]), "true colour"
-    by_wavelength = sorted(bands, key=lambda name: sensor.band(name).wavelength, reverse=True)
-    chosen = (by_wavelength[0], by_wavelength[len(by_wavelength) // 2], by_wavelength[-1])
-    return chosen, f"false colour {', '.join(chosen)}"
+    rows = read_metrics(metrics)
+    logged = {name for row in rows for name in row}
+    curves = list(batched((panel for panel in _HEALTH if logged.intersection(panel.columns)), 3))
+    schedules = list(batched((panel for panel in _SCHEDULES if logged.intersection(panel.columns)), 4))
+    lines = [*curves, *schedules]
+    if not lines:
+        return False
+    heights = [2.5] * len(curves) + [1.7] * len(schedules)
+    figure = Figure(figsize=(11, sum(heights) + 0.4), layout="constrained")
+    grid = figure.add_gridspec(len(lines), 12, height_ratios=heights)
+    first: Axes | None = None
+    for row, line in enumerate(lines):
+        width = 12 // len(line)
+        for column, panel in enumerate(line):
+            axis = figure.add_subplot(grid[row, column * width : (column + 1) * width], sharex=first)
+            first = first or axis
+            _draw_panel(axis, panel, rows)
+    figure.supxlabel("optimizer step (of many values, the running mean is drawn bold)", fontsize=9)
+    save_figure(figure, target)
+    return True
 
 
 def _series(rows: Sequence[Row], name: str) -> tuple[Array, Array]:
@@ -134,38 +145,71 @@ def _series(rows: Sequence[Row], name: str) -> tuple[Array, Array]:
     return steps, values
 
 
-def _draw_loss(axis: Axes, steps: Array, values: Array, label: str) -> None:
-    smooth = len(values) >= _SMOOTH_FROM
-    marker = "o" if len(values) == 1 else None
-    axis.plot(steps, values, color=_COLOURS[0], lw=0.8 if smooth else 1.5, alpha=0.4 if smooth else 1, marker=marker)
-    if smooth:
-        window = max(5, len(values) // 30)
-        mean = np.convolve(values, np.full(window, 1 / window), mode="valid")
-        start = (window - 1) // 2
-        axis.plot(steps[start : start + len(mean)], mean, color=_COLOURS[0], lw=1.8, label=f"mean of {window} points")
-        axis.legend(frameon=False)
-    axis.set_ylabel(label)
+def _window(values: Array) -> int:
+    """Length of the running mean that is drawn of them; 0 for few values, which are drawn as they are."""
+    count = int(np.isfinite(values).sum())
+    return max(5, count // 30) if count >= _SMOOTH_FROM else 0
+
+
+def _draw_curve(axis: Axes, steps: Array, values: Array, colour: str, label: str | None, window: int) -> None:
+    finite = np.isfinite(values)
+    steps, values = steps[finite], values[finite]
+    if not window:
+        axis.plot(steps, values, color=colour, lw=1.5, marker="o" if len(values) == 1 else None, label=label)
+        return
+    axis.plot(steps, values, color=colour, lw=0.8, alpha=0.4)
+    mean = np.convolve(values, np.full(window, 1 / window), mode="valid")
+    start = (window - 1) // 2
+    axis.plot(steps[start : start + len(mean)], mean, color=colour, lw=1.8, label=label)
+
+
+def _mark_not_finite(axis: Axes, series: Iterable[tuple[Array, Array]]) -> None:
+    steps = np.concatenate([steps[~np.isfinite(values)] for steps, values in series])
+    if len(steps):
+        foot = axis.get_xaxis_transform()  # steps along, share of the panel's height up
+        axis.plot(
+            steps, np.zeros_like(steps), "x", ms=4, color=_WARNING, label="not finite", transform=foot, clip_on=False
+        )
+
+
+def _draw_panel(axis: Axes, panel: _Panel, rows: Sequence[Row]) -> None:
+    series = {name: _series(rows, name) for name in panel.columns}
+    for (name, (steps, values)), colour in zip(series.items(), _COLOURS, strict=False):
+        if not len(values):
+            continue
+        _draw_curve(axis, steps, values, colour, name, _window(values) if panel.noisy else 0)
+        if panel.first:
+            _draw_first(axis, values, colour, "first value")
+        if panel.logarithmic and _decades(values) > _LOG_FROM:
+            axis.set_yscale("log")
+    _mark_not_finite(axis, series.values())
+    if len(axis.get_legend_handles_labels()[1]) > 1:
+        axis.legend(frameon=False, fontsize=8)
+    axis.set_title(panel.title, fontsize=9, loc="left")
+    axis.tick_params(labelsize=8)
+    _dress(axis)
+
+
+def _decades(values: Array) -> float:
+    positive = values[np.isfinite(values) & (values > 0)]
+    return float(np.log10(positive.max() / positive.min())) if len(positive) else 0.0
+
+
+def _draw_first(axis: Axes, values: Array, colour: str, label: str | None = None) -> None:
+    for value in values[np.isfinite(values)][:1]:
+        axis.axhline(value, color=colour, ls="--", lw=0.9, alpha=0.6, label=label)
 
 
 def _draw_probes(axis: Axes, rows: Sequence[Row], names: Sequence[str]) -> None:
     for name, colour in zip(names, _COLOURS * len(names), strict=False):
         steps, values = _series(rows, name)
         axis.plot(steps, values, color=colour, marker="o", ms=3.5, lw=1.3, label=name)
-        axis.axhline(values[0], color=colour, ls="--", lw=0.9, alpha=0.6)
+        _draw_first(axis, values, colour)
     axis.set_ylabel("probe")
     axis.legend(frameon=False, fontsize=8)
 
 
-def _limits(picture: Array) -> tuple[Array, Array]:
-    low, high = np.nanpercentile(picture, _STRETCH, axis=(0, 1))
-    return low, np.where(high > low, high, low + 1)
-
-
-def _stretch(picture: Array, low: Array, high: Array) -> Array:
-    scaled = np.clip((picture - low) / (high - low), 0, 1)
-    return np.where(np.isnan(scaled).any(axis=-1, keepdims=True), _HIDDEN, scaled)
-
-
-def _save(figure: Figure, target: Path) -> None:
-    with atomic_path(target) as temporary:
-        figure.savefig(temporary, format="png", dpi=130, metadata={"Software": None})
+def _dress(axis: Axes) -> None:
+    axis.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10], integer=True, min_n_ticks=1))
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,9 @@ from geoexplora.datamodules.tiles import TilesDataModule
 from geoexplora.errors import RunError
 from geoexplora.runs.metrics import Metrics, read_metrics
 from geoexplora.tasks.classifiers import knn_classifier, score
+from geoexplora.tasks.exports import RunExport
 from geoexplora.tasks.features import extract_features, feature_health
+from geoexplora.tasks.health import FinitenessGuard, HealthWatch
 from geoexplora.weights.write import not_finite
 
 log = logging.getLogger(__name__)
@@ -74,24 +76,36 @@ class StepClock:
 class MetricsWriter(Callback):
     """Writes a row of metrics.csv every N optimizer steps, and after the first and the last one.
 
-    The loss is that of the step (the mean over its batches and processes), so that the rows of a resumed run equal
-    those of an uninterrupted one.
+    The loss and its parts are those of the step (the mean over its batches and processes), so that the rows of a
+    resumed run equal those of an uninterrupted one.
 
     Args:
         metrics: the run's metrics.
         every_n_steps: N.
         images_per_step: effective batch size.
         clock: paused where something else than steps takes time.
+        watch: judges each row.
+        names: what to call the sample of an index.
     """
 
-    def __init__(self, metrics: Metrics, every_n_steps: int, images_per_step: int, clock: StepClock) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        every_n_steps: int,
+        images_per_step: int,
+        clock: StepClock,
+        watch: HealthWatch,
+        names: Callable[[int], str] = str,
+    ) -> None:
         self.clock = clock
         self.metrics = metrics
         self.every_n_steps = every_n_steps
         self.images_per_step = images_per_step
-        self._losses: list[Tensor] = []
-        self._latents: list[Tensor] = []
-        self._norm = self._rate = float("nan")
+        self.watch = watch
+        self.names = names
+        self._guard = FinitenessGuard()
+        self._outputs: list[dict[str, Any]] = []
+        self._norm = self._rate = self._decay = float("nan")
         self._step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -103,9 +117,10 @@ class MetricsWriter(Callback):
         return step % self.every_n_steps == 0 or step in {1, trainer.max_steps}
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Take the norm of the gradient, before it is clipped, and the learning rate, before it moves on."""
+        """Take the norm of the gradient, before it is clipped, and the rates, before they move on."""
         if self._is_logged(trainer.global_step + 1, trainer):
             self._rate = max(group["lr"] for group in optimizer.param_groups)
+            self._decay = max(group["weight_decay"] for group in optimizer.param_groups)
             grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
             self._norm = float(torch.nn.utils.get_total_norm(grads))
 
@@ -115,34 +130,49 @@ class MetricsWriter(Callback):
         """Collect the batches of a step, and write the step down.
 
         Raises:
-            RunError: if the loss is not finite.
+            RunError: if the loss was not finite since the last row.
         """
-        self._losses.append(outputs["value"])
-        self._latents.append(outputs["latent"][:, 1:].mean(1))
+        self._guard.note(outputs["value"], batch)
+        self._outputs.append({name: outputs[name] for name in ("value", "parts", "features")})
         step = trainer.global_step
         if step == self._step:
             return
         self._step = step
-        losses, latents = self._losses, self._latents
-        self._losses, self._latents = [], []
+        collected, self._outputs = self._outputs, []
         if not self._is_logged(step, trainer):
             return
-        loss = float(trainer.strategy.reduce(torch.stack(losses).mean(), reduce_op="mean"))
-        if not math.isfinite(loss):
-            raise RunError(
-                f"the loss is {loss} at step {step}",
-                DIVERGED,
-            )
+        if problem := self._guard.verdict(self.names):
+            raise RunError(f"by step {step}, {problem}", DIVERGED)
+        parts = {"loss": [one["value"] for one in collected]}
+        parts |= {name: [one["parts"][name] for one in collected] for name in collected[0]["parts"]}
+        means = torch.stack([torch.stack(values).float().mean().to(pl_module.device) for values in parts.values()])
+        means = trainer.strategy.reduce(means, reduce_op="mean")
         if trainer.is_global_zero:
             rate = (step - self._timed_from) * self.images_per_step / self.clock.lap()
             self._timed_from = step
-            features = torch.cat(latents)
-            health = feature_health(features) if len(features) > 1 else {}
-            self.metrics.append(
-                {"step": step, "loss": loss, "lr": self._rate, "grad_norm": self._norm, **health}
-                | {"images_per_second": rate}
-            )
-        pl_module.log("loss", loss, prog_bar=True, rank_zero_only=True)
+            features = torch.cat([one["features"] for one in collected])
+            row = {"step": step, **dict(zip(parts, means.tolist(), strict=True))}
+            row |= {"lr": self._rate, "weight_decay": self._decay, "grad_norm": self._norm}
+            row |= feature_health(features) if len(features) > 1 else {}
+            self.metrics.append(row | {"images_per_second": rate})
+            self.watch(row)
+        pl_module.log("loss", float(means[0]), prog_bar=True, rank_zero_only=True)
+
+
+class FirstFeatures(Callback):
+    """Keeps how the source sees some images, before anything is trained; pictures compare with it.
+
+    Args:
+        export: the run folder's writer.
+    """
+
+    def __init__(self, export: RunExport) -> None:
+        self.export = export
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep them, at the very start of a run."""
+        if trainer.global_step == 0 and trainer.is_global_zero:
+            self.export.before(pl_module)
 
 
 class KNNProbe(Callback):
@@ -197,7 +227,7 @@ class KNNProbe(Callback):
             if accuracy < start:
                 log.warning(
                     "the kNN probe fell to %.4f at step %d, below the %.4f of the start: the features are getting "
-                    "worse. Lower --lr, or train fewer whole blocks.",
+                    "worse. Lower --lr, train fewer whole blocks, or with dinov2 lengthen --freeze-last-epochs.",
                     accuracy,
                     trainer.global_step,
                     start,
@@ -217,5 +247,5 @@ class KNNProbe(Callback):
         kept = torch.randperm(len(dataset), generator=generator(self.datamodule.seed))[:most].tolist()
         loader = DataLoader(Subset(dataset, kept), self.datamodule.batch_size, num_workers=self.datamodule.num_workers)
         check = partial(self.datamodule.check_unreadable, split=split)
-        found = extract_features(task.model.encoder, loader, "mean", task.device, precision, check)
+        found = extract_features(task.encoder, loader, "mean", task.device, precision, check)
         return torch.from_numpy(found.features), torch.from_numpy(found.labels)

@@ -18,7 +18,7 @@ from geoexplora.bands import SENTINEL2
 from geoexplora.datamodules.fmow_sentinel import FMoWSentinelDataModule
 from geoexplora.datasets.sample import read_scene
 from geoexplora.datasets.sample_tree import write_fmow_tree
-from geoexplora.runs.plots import plot_reconstruction
+from geoexplora.runs.pictures import plot_reconstruction
 from geoexplora.tasks.classifiers import (
     Floats,
     Folds,
@@ -88,7 +88,7 @@ def draw_scene(options: Any, run: Path, target: Path) -> None:
     """
     options = replace(options, init=str(run), mode="full")
     data = open_data(options)
-    task = build_task(options, data, Schedule(1, 1, options.batch_size, 0), None)
+    task: Any = build_task(options, data, Schedule(1, 1, options.batch_size, 0), None)
     top, left = CORNER
     bands = list(SENTINEL2.indices(data.bands))
     scene = read_scene().image[bands, top : top + SIDE * TILE, left : left + SIDE * TILE].astype(np.float32)
@@ -154,7 +154,7 @@ class Comparison:
             options: settings of ``geoexplora pretrain``.
         """
         task = build_task(options, open_data(options), Schedule(1, 1, options.batch_size, 0), None)
-        return self.add_encoder(name, task.model.encoder, task.spec)
+        return self.add_encoder(name, task.encoder, task.spec)
 
     def add_run(self, name: str, run: Path) -> Row:
         """Probe the encoder of a run folder."""

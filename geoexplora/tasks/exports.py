@@ -8,17 +8,26 @@ import torch
 from torch import Tensor
 
 from geoexplora.datamodules.tiles import TilesDataModule
-from geoexplora.explora import merged_state_dict, save_adapter, table_to_json
+from geoexplora.explora import merged_state_dict, save_adapter, table_to_json, trained_names
 from geoexplora.objectives.mae import normalize_patches, patchify, unpatchify
 from geoexplora.runs.folder import RunFolder
 from geoexplora.runs.metrics import read_metrics
-from geoexplora.runs.plots import plot_loss, plot_reconstruction
+from geoexplora.runs.pictures import plot_features, plot_reconstruction
+from geoexplora.runs.plots import plot_health, plot_loss
 from geoexplora.tasks.features import evaluating
-from geoexplora.tasks.pretrain_task import ExPLoRAPretrain
+from geoexplora.tasks.mae_task import ExPLoRAPretrain
+from geoexplora.tasks.patch_features import (
+    align,
+    patch_features,
+    principal_scores,
+    read_before,
+    score_colours,
+    store_before,
+)
 from geoexplora.weights.write import save_decoder, save_encoder
 
 SHOWN = 4
-"""Images in the picture of reconstructions."""
+"""Images in the pictures."""
 
 
 class RunExport:
@@ -26,7 +35,7 @@ class RunExport:
 
     Args:
         folder: the run folder.
-        datamodule: gives the images of the picture.
+        datamodule: gives the images of the pictures.
     """
 
     def __init__(self, folder: RunFolder, datamodule: TilesDataModule) -> None:
@@ -41,8 +50,34 @@ class RunExport:
         """
         step = trainer.global_step
         trained = table_to_json(task.parameter_table())
-        encoder = merged_state_dict(task.model.encoder)
-        save_encoder(self.folder.encoder_file, encoder, task.spec, step=step, trained=trained)
+        save_encoder(self.folder.encoder_file, merged_state_dict(task.encoder), task.spec, step=step, trained=trained)
+        if task.is_explora:
+            save_adapter(self.folder.adapter, task.encoder, task.config, task.spec, trained_names(task.trained_encoder))
+        rows = read_metrics(self.folder.metrics_file)
+        # Not every row has every column: the last value of each.
+        self.folder.update_run_json(step=step, metrics={name: value for row in rows for name, value in row.items()})
+        plot_loss(self.folder.metrics_file, self.folder.loss_plot)
+        plot_health(self.folder.metrics_file, self.folder.health_plot)
+        images = self._images(task)
+        self._plot_features(task, images)
+        if isinstance(task, ExPLoRAPretrain):
+            self._export_decoder(task, step)
+            self._plot_reconstruction(task, images)
+
+    def before(self, task: Any) -> None:
+        """Keep how the source sees the images of the pictures, before anything is trained.
+
+        Raises:
+            RunError: if it cannot be written.
+        """
+        store_before(self.folder.features_before, principal_scores(patch_features(task.encoder, self._images(task))))
+
+    def _images(self, task: Any) -> Tensor:
+        dataset = self.datamodule.eval_dataset("train")
+        chosen = torch.linspace(0, len(dataset) - 1, min(SHOWN, len(dataset))).long().tolist()
+        return torch.stack([dataset[index]["image"] for index in chosen]).to(task.device)
+
+    def _export_decoder(self, task: ExPLoRAPretrain, step: int) -> None:
         decoder = task.model.decoder
         settings = {
             "width": decoder.embed.out_features,
@@ -51,18 +86,22 @@ class RunExport:
             "norm_pix_loss": task.hparams["norm_pix_loss"],
         }
         save_decoder(self.folder.decoder_file, merged_state_dict(decoder), task.spec, settings, step=step)
-        if task.is_explora:
-            save_adapter(self.folder.adapter, task.model.encoder, task.config, task.spec)
-        rows = read_metrics(self.folder.metrics_file)
-        # Not every row has every column: the last value of each.
-        self.folder.update_run_json(step=step, metrics={name: value for row in rows for name, value in row.items()})
-        plot_loss(self.folder.metrics_file, self.folder.loss_plot)
-        self._plot_reconstruction(task)
 
-    def _plot_reconstruction(self, task: ExPLoRAPretrain) -> None:
-        dataset = self.datamodule.eval_dataset("train")
-        chosen = torch.linspace(0, len(dataset) - 1, min(SHOWN, len(dataset))).long().tolist()
-        images = torch.stack([dataset[index]["image"] for index in chosen]).to(task.device)
+    def _plot_features(self, task: Any, images: Tensor) -> None:
+        before = read_before(self.folder.features_before)
+        after = principal_scores(patch_features(task.encoder, images))
+        if before is not None:
+            after = align(after, before)
+        plot_features(
+            self.folder.features_plot,
+            self.datamodule.normalization.inverse(images.cpu()),
+            None if before is None else score_colours(before),
+            score_colours(after),
+            task.spec.bands,
+            self.datamodule.sensor,
+        )
+
+    def _plot_reconstruction(self, task: ExPLoRAPretrain, images: Tensor) -> None:
         masked, rebuilt = reconstruct(task, images)
         inverse = self.datamodule.normalization.inverse
         hidden = masked.isnan()

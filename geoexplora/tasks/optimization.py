@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,55 +12,89 @@ from torch import nn
 from geoexplora.explora.table import norm_parameters, part_of
 
 _SLOW_PARTS = {"whole blocks", "norms"}
+_EMBEDDINGS = {"patch embedding", "position encoding", "channel encoding"}
 
 
 def parameter_groups(
-    encoder: nn.Module,
-    decoder: nn.Module,
+    encoder: Any,
+    head: nn.Module,
     whole_blocks: tuple[int, ...],
     lr: float,
     slow_scale: float,
     weight_decay: float,
-    decoder_loaded: bool = True,
+    head_loaded: bool = True,
+    *,
+    layer_decay: float = 1.0,
+    patch_embed_scale: float = 1.0,
+    new_embeddings: bool = True,
 ) -> list[dict[str, Any]]:
     """Sort the trainable parameters into AdamW's groups.
 
     Weights that go on from the source (whole blocks and norms) take ``slow_scale`` times the learning rate of what
-    starts anew (LoRA, embeddings, the decoder's new parts). Vectors, tokens and encodings have no weight decay.
+    starts anew (LoRA, embeddings of new bands, the head's new parts). Vectors, tokens and encodings have no weight
+    decay.
 
     Args:
         encoder: the ViT.
-        decoder: the objective's head.
+        head: the objective's head.
         whole_blocks: 1-based numbers of the blocks trained whole.
         lr: learning rate of what starts anew.
         slow_scale: relative learning rate of whole blocks and norms.
         weight_decay: of matrices and kernels.
-        decoder_loaded: whether the decoder's norms go on from the source too.
+        head_loaded: whether the head's norms go on from the source too.
+        layer_decay: what goes on from the source takes this factor once for each layer above it (BEiT, arXiv
+            2106.08254, section 3.2): 1 for the final norm, the factor for block L, its square for block L - 1, ...
+        patch_embed_scale: a further factor for patch embeddings that go on from the source (DINOv2).
+        new_embeddings: whether patch embeddings and encodings start anew: both factors then pass them by.
 
     Returns:
-        Groups with ``params``, ``lr``, ``weight_decay`` and ``name``; empty ones are left out.
+        Groups with ``params``, ``lr``, ``weight_decay``, ``decays`` and ``name`` (starting with ``prototypes`` for
+        the last layer of projection heads); empty ones are left out.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    encoder_norms, decoder_norms = norm_parameters(encoder), norm_parameters(decoder)
-    for module in (encoder, decoder):
-        for name, parameter in module.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            if module is encoder:
-                slow = part_of(name, encoder_norms, whole_blocks) in _SLOW_PARTS
-            else:
-                slow = decoder_loaded and name in decoder_norms
-            decays = parameter.ndim > 1 and not name.endswith(("_token", "pos_embed", "channel_embed"))
-            groups.setdefault((slow, decays), []).append(parameter)
+    groups: dict[tuple[str, float, bool], list[nn.Parameter]] = {}
+    encoder_norms, head_norms = norm_parameters(encoder), norm_parameters(head)
+    for name, parameter in encoder.named_parameters():
+        if parameter.requires_grad:
+            part = part_of(name, encoder_norms, whole_blocks)
+            slow = part in _SLOW_PARTS
+            scale = slow_scale if slow else 1.0
+            if part != "LoRA" and not (new_embeddings and part in _EMBEDDINGS):
+                scale *= layer_decay ** _layers_above(name, len(encoder.blocks))
+                scale *= patch_embed_scale if part == "patch embedding" else 1.0
+            groups.setdefault(("whole" if slow else "new", scale, _decays(name, parameter)), []).append(parameter)
+    for name, parameter in head.named_parameters():
+        if parameter.requires_grad:
+            slow = head_loaded and name in head_norms
+            kind = "whole" if slow else "prototypes" if ".prototypes." in name else "new"
+            key = (kind, slow_scale if slow else 1.0, _decays(name, parameter))
+            groups.setdefault(key, []).append(parameter)
     return [
         {
             "params": parameters,
-            "lr": lr * (slow_scale if slow else 1.0),
+            "lr": lr * scale,
             "weight_decay": weight_decay if decays else 0.0,
-            "name": f"{'whole' if slow else 'new'}{'' if decays else ' no decay'}",
+            "decays": decays,
+            "name": f"{kind}{'' if decays else ' no decay'}",
         }
-        for (slow, decays), parameters in groups.items()
+        for (kind, scale, decays), parameters in groups.items()
     ]
+
+
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    return parameter.ndim > 1 and not name.endswith(("_token", "pos_embed", "channel_embed"))
+
+
+def _layers_above(name: str, depth: int) -> int:
+    """Layers from a parameter to the output: 0 for the final norm, 1 for the last block, depth + 1 for embeddings."""
+    block = re.match(r"blocks\.(\d+)\.", name)
+    if block:
+        return depth - int(block[1])
+    return 0 if name.startswith(("norm.", "fc_norm.")) else depth + 1
+
+
+def cosine(start: float, end: float, progress: float) -> float:
+    """A value that goes from ``start`` to ``end`` along half a cosine while ``progress`` goes from 0 to 1."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def warmup_cosine(total_steps: int, warmup_steps: int, floor: float) -> Callable[[int], float]:
@@ -75,6 +110,6 @@ def warmup_cosine(total_steps: int, warmup_steps: int, floor: float) -> Callable
         if step < warmup_steps:
             return (step + 1) / warmup_steps
         progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-        return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return cosine(1.0, floor, progress)
 
     return factor

@@ -1,42 +1,29 @@
-"""Self-supervised pre-training as a TorchGeo task: ExPLoRA, full, or from scratch, on one code path.
-
-Shapes: B batch, C bands, S image side, G channel groups, L positions, K visible tokens, D width.
-"""
+"""What the self-supervised pre-training tasks share: ExPLoRA, full, or from scratch, on one code path."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torchgeo.tasks import BaseTask
 
-from geoexplora.datamodules.sampling import generator
-from geoexplora.explora import (
-    ExploraConfig,
-    PartCount,
-    apply_explora,
-    apply_explora_to_decoder,
-    parameter_table,
-    resolve_blocks,
-)
+from geoexplora.explora import ExploraConfig, PartCount, apply_explora, parameter_table, resolve_blocks
 from geoexplora.models.attention import use_fast_attention
-from geoexplora.models.decoder import MAEDecoder
 from geoexplora.models.initialization import initialize_plain_encoder
 from geoexplora.models.linear import use_fast_linears
-from geoexplora.models.masked_autoencoder import MaskedAutoencoder
-from geoexplora.objectives.mae import Pairing, mae_loss
-from geoexplora.objectives.masking import TokenMask, mask_from_noise, noise_shape
-from geoexplora.tasks.optimization import parameter_groups, warmup_cosine
+from geoexplora.tasks.optimization import cosine, parameter_groups, warmup_cosine
 from geoexplora.tasks.sources import architecture, load_source, of_architecture
 from geoexplora.weights.contract import Allowed
 from geoexplora.weights.files import read_weights
 from geoexplora.weights.load import build_encoder
+from geoexplora.weights.source_weights import SourceWeights
 from geoexplora.weights.spec import EncoderSpec
 
 Mode = Literal["explora", "full", "scratch"]
@@ -45,11 +32,14 @@ SOURCE_KEY, DATA_KEY = "geoexplora_source", "geoexplora_data"
 """Where a checkpoint keeps what was found in ``init``: a resumed run does not read that file again."""
 
 
-class ExPLoRAPretrain(BaseTask):
-    """Masked-autoencoder pre-training of a plain or group-channel ViT (ExPLoRA, ICML 2025, arXiv 2406.10973).
+class PretrainTask(BaseTask):
+    """Base of the pre-training tasks (ExPLoRA, ICML 2025, arXiv 2406.10973).
 
-    Batches hold ``image`` (B, C, S, S), normalized. Masks depend on the seed, the batch's number and the rank only,
-    so a resumed run repeats an uninterrupted one.
+    A subclass builds the objective around the encoder and computes its loss. Everything random depends on the seed,
+    the batch's number and the rank only, so a resumed run repeats an uninterrupted one.
+
+    ``training_step`` returns ``loss``, and detached for the callbacks ``value`` (the loss), ``parts`` (scalars by the
+    name of their column in metrics.csv) and ``features`` (any number, D), whose spread tells of collapse.
 
     Args:
         model: architecture, a name in ``geoexplora.registry.MODELS``, or ``source`` for that of ``init``. LayerScale,
@@ -71,21 +61,17 @@ class ExPLoRAPretrain(BaseTask):
         whole_blocks: 1-based numbers of the blocks that ExPLoRA trains whole, ``L`` for the last.
         rank: LoRA rank r.
         alpha: LoRA alpha; ``None`` means r.
-        decoder_rank: LoRA rank in a decoder that comes with the source.
-        decoder_width: decoder's token width.
-        decoder_depth: decoder's blocks.
-        decoder_heads: decoder's attention heads.
-        mask_ratio: share of hidden tokens.
-        mask: ``independent`` for each token, or ``spatial``: whole positions.
-        norm_pix_loss: compare with normalized patches.
-        pairing: see ``mae_loss``.
-        lr: peak learning rate of LoRA, embeddings and new parts.
+        drop_path: largest rate of stochastic depth, rising with depth.
+        lr: peak learning rate of LoRA, new embeddings and heads.
         whole_blocks_lr_scale: relative learning rate of whole blocks and norms in mode ``explora``.
+        layer_decay: see ``parameter_groups``.
+        patch_embed_lr_scale: see ``parameter_groups``.
         min_lr: learning rate at the end.
         warmup_steps: optimizer steps with a rising learning rate.
         total_steps: optimizer steps of the cosine; ``None`` asks the trainer.
         weight_decay: AdamW's.
-        seed: of weights and masks.
+        weight_decay_end: what it reaches at the end, by a cosine; ``None`` keeps it.
+        seed: of weights, masks and crops.
         grad_checkpointing: recompute the encoder's activations in the backward pass.
         source_state: what an earlier start found in ``init``, from its checkpoint, where the weights then come from
             as well; ``init`` is not read.
@@ -97,6 +83,7 @@ class ExPLoRAPretrain(BaseTask):
 
     ignore = ("source_state",)
     monitor = "loss"
+    betas = (0.9, 0.95)
 
     def __init__(
         self,
@@ -117,20 +104,16 @@ class ExPLoRAPretrain(BaseTask):
         whole_blocks: Sequence[int | str] = (1, "L"),
         rank: int = 32,
         alpha: float | None = None,
-        decoder_rank: int = 8,
-        decoder_width: int = 512,
-        decoder_depth: int = 8,
-        decoder_heads: int = 16,
-        mask_ratio: float = 0.75,
-        mask: Literal["independent", "spatial"] = "independent",
-        norm_pix_loss: bool = True,
-        pairing: Pairing = "own",
+        drop_path: float = 0.0,
         lr: float = 4.5e-4,
         whole_blocks_lr_scale: float = 1.0,
+        layer_decay: float = 1.0,
+        patch_embed_lr_scale: float = 1.0,
         min_lr: float = 0.0,
         warmup_steps: int = 0,
         total_steps: int | None = None,
         weight_decay: float = 0.0,
+        weight_decay_end: float | None = None,
         seed: int = 0,
         grad_checkpointing: bool = False,
         source_state: dict[str, Any] | None = None,
@@ -139,12 +122,41 @@ class ExPLoRAPretrain(BaseTask):
         self.data_state: dict[str, Any] | None = None
         super().__init__()
 
+    @property
+    @abstractmethod
+    def encoder(self) -> Any:
+        """The encoder whose features count: what is exported, probed and pictured."""
+
+    @property
+    @abstractmethod
+    def trained_encoder(self) -> Any:
+        """The encoder that the optimizer trains."""
+
+    @property
+    @abstractmethod
+    def heads(self) -> dict[str, nn.Module]:
+        """What is trained beside the encoder, by the name of its row in the table of parameters."""
+
+    @abstractmethod
+    def build_objective(self, encoder: Any, decoder: nn.Module | None, source: SourceWeights | None) -> nn.Module:
+        """The module that computes the objective, around an encoder with what is frozen settled.
+
+        Args:
+            encoder: the ViT, source weights loaded.
+            decoder: from ``build_decoder``.
+            source: where the weights come from; ``None`` for random ones, and where a checkpoint brings them.
+        """
+
+    def build_decoder(self, encoder: Any) -> nn.Module | None:
+        """A decoder that may take over the source's weights; ``None`` where the objective has none."""
+        return None
+
     def configure_models(self) -> None:
-        """Build encoder and decoder, load the source, freeze what is not trained."""
+        """Build the encoder, load the source, freeze what is not trained, build the objective."""
         h = self.hparams
         source = None if h["init"] is None or self.source_state else read_weights(h["init"])
         built = (self.source_state or {}).get("architecture") or architecture(h["model"], source, bool(h["groups"]))
-        spec = EncoderSpec.of(
+        self.spec = EncoderSpec.of(
             **of_architecture(built),
             image_size=h["image_size"],
             patch_size=h["patch_size"],
@@ -156,25 +168,14 @@ class ExPLoRAPretrain(BaseTask):
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(h["seed"])
-            encoder: Any = build_encoder(spec)
-            if spec.groups is None:
+            encoder: Any = build_encoder(self.spec, dynamic_img_size=True, drop_path_rate=h["drop_path"])
+            if self.spec.groups is None:
                 initialize_plain_encoder(encoder)
-            groups = None if spec.groups is None else encoder.patch_embed.groups
-            decoder = MAEDecoder(
-                encoder.embed_dim,
-                encoder.patch_embed.grid_size,
-                spec.patch_size,
-                groups,
-                len(spec.bands),
-                h["decoder_width"],
-                h["decoder_depth"],
-                h["decoder_heads"],
-                channel_width=h["decoder_width"] // 4,
-            )
+            decoder = self.build_decoder(encoder)
             state = self.source_state or load_source(
                 encoder,
                 decoder,
-                spec,
+                self.spec,
                 source,
                 band_init=h["band_init"],
                 patch_resize=h["patch_resize"],
@@ -183,29 +184,31 @@ class ExPLoRAPretrain(BaseTask):
             )
             self.source_state = state | {"architecture": built}
             self.spec = replace(
-                spec, source=state["source"], band_init=state["band_init"], patch_resize=state.get("patch_resize")
+                self.spec, source=state["source"], band_init=state["band_init"], patch_resize=state.get("patch_resize")
             )
             self.config = ExploraConfig(
-                resolve_blocks(h["whole_blocks"], spec.depth),
+                resolve_blocks(h["whole_blocks"], self.spec.depth),
                 h["rank"],
                 h["alpha"],
-                embeddings=spec.groups is not None or state["new_bands"] or state["source"] is None,
-                decoder_rank=h["decoder_rank"],
+                embeddings=self.spec.groups is not None or self.has_new_embeddings,
+                decoder_rank=h.get("decoder_rank", 0),
             )
-            if h["mode"] == "explora":
+            if self.is_explora:
                 apply_explora(encoder, self.config)
-                apply_explora_to_decoder(
-                    decoder, self.config, pretrained=state["decoder_loaded"], new_bands=state["new_outputs"]
-                )
-            else:
-                _freeze_encodings(encoder)
-        encoder.set_grad_checkpointing(h["grad_checkpointing"])
-        self.model = use_fast_linears(use_fast_attention(MaskedAutoencoder(encoder, decoder)))
+            encoder.set_grad_checkpointing(h["grad_checkpointing"])
+            objective = self.build_objective(encoder, decoder, source)
+        self.model = use_fast_linears(use_fast_attention(objective))
 
     @property
     def num_groups(self) -> int:
         """G; 1 for a plain ViT."""
         return 1 if self.spec.groups is None else len(self.spec.groups)
+
+    @property
+    def has_new_embeddings(self) -> bool:
+        """Whether patch embeddings start from other weights than the source's, or from random ones."""
+        state = self.source_state or {}
+        return bool(state["new_bands"] or state["source"] is None)
 
     @property
     def trained_whole(self) -> tuple[int, ...]:
@@ -218,42 +221,18 @@ class ExPLoRAPretrain(BaseTask):
         """Whether only a part is trained."""
         return bool(self.hparams["mode"] == "explora")
 
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of all schedules."""
+        return int(self.hparams["total_steps"] or self.trainer.estimated_stepping_batches)
+
     def parameter_table(self) -> list[PartCount]:
         """What is trained, by part."""
-        return parameter_table(self.model.encoder, self.trained_whole, decoder=self.model.decoder)
+        return parameter_table(self.trained_encoder, self.trained_whole, **self.heads)
 
-    def draw_mask(self, batch_size: int, *seeds: int) -> TokenMask:
-        """Draw a mask that depends on the seeds only, on the module's device.
-
-        Args:
-            batch_size: B.
-            seeds: what the draw is to depend on besides the task's seed.
-        """
-        spatial = self.hparams["mask"] == "spatial"
-        shape = noise_shape(batch_size, self.num_groups, self.model.decoder.positions, spatial)
-        noise = torch.rand(shape, generator=generator(self.hparams["seed"], *seeds))
-        return mask_from_noise(noise.to(self.device), self.hparams["mask_ratio"], self.num_groups, spatial)
-
-    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """One forward pass.
-
-        Returns:
-            ``loss``, and detached for the callbacks ``value`` (the loss) and ``latent`` (B, 1 + K, D).
-        """
-        images = batch["image"]
-        number = self.trainer.fit_loop.epoch_loop.total_batch_idx
-        mask = self.draw_mask(len(images), number, self.global_rank)
-        output = self.model(images, mask.keep)
-        loss = mae_loss(
-            output.pred.float(),
-            images,
-            mask.removed,
-            self.model.decoder.channel_order,
-            self.model.decoder.group_sizes,
-            self.hparams["norm_pix_loss"],
-            self.hparams["pairing"],
-        )
-        return {"loss": loss, "value": loss.detach(), "latent": output.latent.detach()}
+    def batch_seeds(self) -> tuple[int, int]:
+        """What random numbers of a training step depend on besides the task's seed: batch and process."""
+        return self.trainer.fit_loop.epoch_loop.total_batch_idx, self.global_rank
 
     def on_train_start(self) -> None:
         """Set the rates by the schedule: a checkpoint brings back those of the shorter run that wrote it."""
@@ -263,6 +242,15 @@ class ExPLoRAPretrain(BaseTask):
         ):
             group["lr"] = peak * factor(schedule.last_epoch)
 
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """A step with the weight decay that its schedule says."""
+        h = self.hparams
+        if h["weight_decay_end"] is not None:
+            value = cosine(h["weight_decay"], h["weight_decay_end"], self.trainer.global_step / self.total_steps)
+            for group in optimizer.param_groups:
+                group["weight_decay"] = value if group["decays"] else 0.0
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what was found in ``init``, and which data the training goes through."""
         checkpoint[SOURCE_KEY] = self.source_state
@@ -271,23 +259,29 @@ class ExPLoRAPretrain(BaseTask):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with a learning rate for each kind of part, cosine with warm-up by step (He et al. 2022)."""
         h = self.hparams
-        scale = h["whole_blocks_lr_scale"] if self.is_explora else 1.0
         groups = parameter_groups(
-            self.model.encoder,
-            self.model.decoder,
+            self.trained_encoder,
+            nn.ModuleDict(self.heads),
             self.trained_whole,
             h["lr"],
-            scale,
+            h["whole_blocks_lr_scale"] if self.is_explora else 1.0,
             h["weight_decay"],
             bool(self.source_state and self.source_state["decoder_loaded"]),
+            layer_decay=h["layer_decay"],
+            patch_embed_scale=h["patch_embed_lr_scale"],
+            new_embeddings=self.has_new_embeddings and h["mode"] != "scratch",
         )
-        optimizer = AdamW(groups, lr=h["lr"], betas=(0.9, 0.95))
-        total = h["total_steps"] or int(self.trainer.estimated_stepping_batches)
-        schedule = LambdaLR(optimizer, warmup_cosine(total, h["warmup_steps"], h["min_lr"] / h["lr"]))
+        optimizer = AdamW(groups, lr=h["lr"], betas=self.betas)
+        factor = warmup_cosine(self.total_steps, h["warmup_steps"], h["min_lr"] / h["lr"])
+        schedule = LambdaLR(optimizer, [self.rate_factor(group["name"], factor) for group in groups])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def rate_factor(self, group: str, factor: Any) -> Any:
+        """The learning rate's factor by step for a group of parameters; all alike unless a subclass knows better."""
+        return factor
 
-def _freeze_encodings(encoder: Any) -> None:
+
+def freeze_encodings(encoder: Any) -> None:
     """Sin-cos encodings stay fixed where all else is trained, as in MAE and SatMAE."""
     for name, parameter in encoder.named_parameters():
         if name in {"pos_embed", "channel_embed"}:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import warnings
 from typing import Any
 
@@ -15,18 +16,37 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from geoexplora.datamodules.tiles import TilesDataModule
 from geoexplora.errors import ConfigError, DataError
 from geoexplora.explora import format_table, table_to_json
-from geoexplora.registry import DATASETS, load, look_up
+from geoexplora.registry import find_dataset, load
 from geoexplora.runs.checkpoint import RunCheckpoint, find_checkpoint
 from geoexplora.runs.folder import RunFolder
-from geoexplora.runs.metrics import Metrics
+from geoexplora.runs.metrics import Metrics, read_metrics
 from geoexplora.runs.progress import progress_callback
-from geoexplora.tasks.callbacks import KNNProbe, MetricsWriter, StepClock, check_finite
+from geoexplora.tasks.callbacks import FirstFeatures, KNNProbe, MetricsWriter, StepClock, check_finite
+from geoexplora.tasks.dinov2_task import ExPLoRADINOv2
 from geoexplora.tasks.exports import RunExport
+from geoexplora.tasks.health import HealthWatch, sample_names
+from geoexplora.tasks.mae_task import ExPLoRAPretrain
 from geoexplora.tasks.parallel import SharedFailure, fit, process_rank, useful_workers
-from geoexplora.tasks.pretrain_task import DATA_KEY, SOURCE_KEY, ExPLoRAPretrain
+from geoexplora.tasks.pretrain_task import DATA_KEY, SOURCE_KEY, PretrainTask
 from geoexplora.tasks.schedule import Schedule
 
 log = logging.getLogger(__name__)
+
+_SHARED = (
+    "model", "image_size", "patch_size", "groups", "antialias", "init", "band_init", "patch_resize",
+    "allow_normalization_mismatch", "allow_band_mismatch", "mode", "whole_blocks", "rank", "alpha", "drop_path",
+    "whole_blocks_lr_scale", "layer_decay", "patch_embed_lr_scale", "weight_decay", "weight_decay_end", "seed",
+    "grad_checkpointing",
+)  # fmt: skip
+_MAE = (
+    "decoder_rank", "decoder_width", "decoder_depth", "decoder_heads", "mask_ratio", "mask", "norm_pix_loss", "pairing",
+)  # fmt: skip
+_DINOV2 = (
+    "local_size", "local_crops", "global_scale", "local_scale", "augmentation", "prototypes", "head_layers",
+    "head_hidden", "head_bottleneck", "separate_heads", "centering", "ibot_weight", "koleo_weight", "mask_probability",
+    "mask_range", "teacher_momentum", "teacher_temperature", "teacher_temperature_start",
+)  # fmt: skip
+"""Settings that go to the tasks under their own names."""
 
 
 def pretrain(options: Any) -> dict[str, Any]:
@@ -51,6 +71,7 @@ def pretrain(options: Any) -> dict[str, Any]:
         saved = {} if checkpoint is None else torch.load(checkpoint, mmap=True, weights_only=True)
         step: int = saved.get("global_step", 0)
         datamodule = open_data(options)
+        datamodule.whole_tiles = whole_tile_size(options)
         datamodule.setup("fit")
         images = len(datamodule.source("train"))
         schedule = Schedule.of(options, images)
@@ -84,9 +105,11 @@ def open_data(options: Any) -> TilesDataModule:
     Raises:
         ConfigError: if the dataset is unknown or a setting does not suit it.
     """
-    entry = look_up("dataset", options.dataset, DATASETS)
+    entry = find_dataset(options.dataset)
     datamodule: TilesDataModule = load(entry.datamodule)(
         options.root,
+        **entry.arguments,
+        **{name: getattr(options, name) for name in entry.settings},
         image_size=options.image_size,
         batch_size=options.batch_size,
         num_workers=useful_workers(options.num_workers),
@@ -138,7 +161,7 @@ def refuse_other_data(before: dict[str, Any] | None, now: dict[str, Any]) -> Non
 
 def build_task(
     options: Any, datamodule: TilesDataModule, schedule: Schedule, state: dict[str, Any] | None
-) -> ExPLoRAPretrain:
+) -> PretrainTask:
     """The task that the options describe.
 
     Args:
@@ -147,46 +170,41 @@ def build_task(
         schedule: gives the length.
         state: what an earlier start of this run found in ``--init``.
     """
-    scale = schedule.images_per_step / 256
-    return ExPLoRAPretrain(
-        model=options.model,
-        image_size=options.image_size,
-        patch_size=options.patch_size,
-        sensor=datamodule.sensor.name,
-        bands=datamodule.bands,
-        normalization=datamodule.normalization.to_dict(),
-        groups=options.groups,
-        antialias=options.antialias,
-        init=options.init,
-        band_init=options.band_init,
-        patch_resize=options.patch_resize,
-        allow_normalization_mismatch=options.allow_normalization_mismatch,
-        allow_band_mismatch=options.allow_band_mismatch,
-        mode=options.mode,
-        whole_blocks=options.whole_blocks,
-        rank=options.rank,
-        alpha=options.alpha,
-        decoder_rank=options.decoder_rank,
-        decoder_width=options.decoder_width,
-        decoder_depth=options.decoder_depth,
-        decoder_heads=options.decoder_heads,
-        mask_ratio=options.mask_ratio,
-        mask=options.mask,
-        norm_pix_loss=options.norm_pix_loss,
-        pairing=options.pairing,
-        lr=options.lr * scale,
-        whole_blocks_lr_scale=options.whole_blocks_lr_scale,
-        min_lr=options.min_lr * scale,
-        warmup_steps=schedule.warmup_steps,
-        total_steps=schedule.steps,
-        weight_decay=options.weight_decay,
-        seed=options.seed,
-        grad_checkpointing=options.grad_checkpointing,
-        source_state=state,
+    named = {name: getattr(options, name) for name in _SHARED}
+    scale = rate_scale(options.objective, schedule.images_per_step)
+    shared = named | {
+        "sensor": datamodule.sensor.name,
+        "bands": datamodule.bands,
+        "normalization": datamodule.normalization.to_dict(),
+        "lr": options.lr * scale,
+        "min_lr": options.min_lr * scale,
+        "warmup_steps": schedule.warmup_steps,
+        "total_steps": schedule.steps,
+        "source_state": state,
+    }
+    if options.objective == "mae":
+        return ExPLoRAPretrain(**{name: getattr(options, name) for name in _MAE}, **shared)
+    return ExPLoRADINOv2(
+        **{name: getattr(options, name) for name in _DINOV2},
+        teacher_warmup_steps=schedule.in_steps(options.teacher_warmup_epochs, options.teacher_warmup_steps),
+        freeze_last_steps=schedule.in_steps(options.freeze_last_epochs, options.freeze_last_steps),
+        **shared,
     )
 
 
-def _record(folder: RunFolder, options: Any, task: ExPLoRAPretrain, images: int, schedule: Schedule) -> None:
+def rate_scale(objective: str, images_per_step: int) -> float:
+    """Factor from ``--lr`` to the learning rate, by the rules of MAE (He et al. 2022) and of DINOv2."""
+    return images_per_step / 256 if objective == "mae" else math.sqrt(images_per_step / 1024)
+
+
+def whole_tile_size(options: Any) -> int | None:
+    """The square that whole tiles are read at for DINOv2's crops; ``None`` where the loaders cut them."""
+    if options.objective != "dinov2":
+        return None
+    return int(options.load_size or math.ceil(options.image_size / math.sqrt(options.global_scale[0])))
+
+
+def _record(folder: RunFolder, options: Any, task: PretrainTask, images: int, schedule: Schedule) -> None:
     table = task.parameter_table()
     log.info("what is trained:\n%s", format_table(table))
     log.info(
@@ -214,19 +232,25 @@ def _trainer(
     folder: RunFolder,
     metrics: Metrics,
     datamodule: TilesDataModule,
-    task: ExPLoRAPretrain,
+    task: PretrainTask,
     failure: SharedFailure,
 ) -> Trainer:
-    clock = StepClock()
+    clock, export = StepClock(), RunExport(folder, datamodule)
     callbacks: list[Callback] = [
         failure,
-        MetricsWriter(metrics, options.log_every, schedule.images_per_step, clock),
+        MetricsWriter(
+            metrics,
+            options.log_every,
+            schedule.images_per_step,
+            clock,
+            _watch(folder, task),
+            sample_names(datamodule.source("train")),
+        ),
         progress_callback("pre-training"),
+        FirstFeatures(export),
     ]
     if options.probe_every and _has_labels(datamodule):
         callbacks.append(KNNProbe(metrics, datamodule, options.probe_every, clock))
-
-    export = RunExport(folder, datamodule)
 
     def before_save() -> None:
         clock.pause()
@@ -263,6 +287,13 @@ def _trainer(
         ) from problem
 
 
+def _watch(folder: RunFolder, task: PretrainTask) -> HealthWatch:
+    """The judge of the rows; that of a resumed run compares with the run's own start."""
+    rows = read_metrics(folder.metrics_file) if folder.metrics_file.exists() else []
+    first = next((row for row in rows if "feature_std" in row), None)
+    return HealthWatch(task.hparams.get("prototypes"), first)
+
+
 def _has_labels(datamodule: TilesDataModule) -> bool:
     if not (datamodule.has_split("train") and datamodule.has_split("val")):
         return False
@@ -286,5 +317,6 @@ def _quiet() -> None:
         ".*You passed in a `val_dataloader`.*",
         ".*resuming from a checkpoint that ended before.*",
         ".*treespec, LeafSpec.*",
+        ".*module\\(s\\) in eval mode.*",  # the teacher's
     ):
         warnings.filterwarnings("ignore", text)

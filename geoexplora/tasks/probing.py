@@ -18,7 +18,7 @@ from tqdm import tqdm
 from geoexplora.bands import SENSORS
 from geoexplora.datamodules.tiles import TilesDataModule
 from geoexplora.errors import ConfigError, DataError, RunError
-from geoexplora.registry import DATASETS, load, look_up
+from geoexplora.registry import find_dataset, load
 from geoexplora.tasks.classifiers import (
     Floats,
     Folds,
@@ -102,14 +102,13 @@ def labelled_data(options: Any, spec: EncoderSpec) -> TilesDataModule:
     Raises:
         ConfigError: if the dataset is of another sensor than the encoder.
     """
-    entry = look_up("dataset", options.dataset, DATASETS)
-    if entry.sensor != spec.sensor:
-        raise ConfigError(
-            f"the encoder was trained on {spec.sensor}, {options.dataset} is {entry.sensor}",
-            "Adapt it first: geoexplora pretrain --init FILE.",
-        )
+    entry = find_dataset(options.dataset)
+    if entry.sensor is not None:
+        _refuse_other_sensor(spec, options.dataset, entry.sensor)
     datamodule: TilesDataModule = load(entry.datamodule)(
         options.root,
+        **entry.arguments,
+        **{name: getattr(options, name) for name in entry.settings},
         bands=spec.bands,
         image_size=spec.image_size,
         batch_size=options.batch_size,
@@ -121,7 +120,16 @@ def labelled_data(options: Any, spec: EncoderSpec) -> TilesDataModule:
         max_unreadable=options.max_unreadable,
         seed=options.seed,
     )
+    _refuse_other_sensor(spec, options.dataset, datamodule.sensor.name)
     return datamodule
+
+
+def _refuse_other_sensor(spec: EncoderSpec, dataset: str, sensor: str) -> None:
+    if sensor != spec.sensor:
+        raise ConfigError(
+            f"the encoder was trained on {spec.sensor}, {dataset} is {sensor}",
+            "Adapt it first: geoexplora pretrain --init FILE.",
+        )
 
 
 def evaluate(

@@ -19,12 +19,14 @@ class Schedule:
         accumulate: batches on each device in a step.
         images_per_step: effective batch size.
         warmup_steps: steps with a rising learning rate.
+        steps_per_epoch: passes over the training images, in steps.
     """
 
     steps: int
     accumulate: int
     images_per_step: int
     warmup_steps: int
+    steps_per_epoch: float = 1.0
 
     @classmethod
     def of(cls, options: Any, images: int) -> Schedule:
@@ -53,4 +55,8 @@ class Schedule:
             warmup = round(options.warmup_epochs * images / images_per_step)
         if warmup >= steps:
             log.info("the warm-up of %d steps is cut to %d: there are only %d steps", warmup, steps - 1, steps)
-        return cls(steps, accumulate, images_per_step, min(warmup, steps - 1))
+        return cls(steps, accumulate, images_per_step, min(warmup, steps - 1), images / images_per_step)
+
+    def in_steps(self, epochs: float, steps: int | None) -> int:
+        """A length in optimizer steps: that in steps where it is given, or else that in epochs."""
+        return round(epochs * self.steps_per_epoch) if steps is None else steps

@@ -53,7 +53,7 @@ def of_architecture(stored: dict[str, Any]) -> dict[str, Any]:
 
 def load_source(
     encoder: nn.Module,
-    decoder: nn.Module,
+    decoder: nn.Module | None,
     spec: EncoderSpec,
     source: SourceWeights | None,
     *,
@@ -67,6 +67,7 @@ def load_source(
     Args:
         encoder: the ViT to start from them.
         decoder: the decoder; it takes the source's if there is one of its size, and keeps its own weights otherwise.
+            ``None`` where the objective has none.
         spec: what the encoder is.
         source: the source weights; ``None`` for random ones.
         band_init: how patch embeddings of new bands start.
@@ -107,6 +108,8 @@ def load_source(
         "encoder": report.to_dict(),
     }
     log.info("encoder from %s (%s): %s", source.path, source.format, report.summary())
+    if decoder is None:
+        return state
     if not source.decoder_tensors:
         log.info("the source has no decoder: it starts from random weights and is trained whole")
     elif not _same_size(decoder, source):

@@ -143,6 +143,33 @@ class TrainCrop:
 
 
 @dataclass(frozen=True)
+class WholeTile:
+    """The whole tile, stretched to a square: random crops of it are left to the device.
+
+    Attributes:
+        normalize: from raw units to network input, (C, h, w) to (C, h, w).
+        size: side S of the output.
+        antialias: see ``resize``.
+    """
+
+    normalize: Normalize
+    size: int
+    antialias: bool = False
+
+    def __call__(self, image: Array, generator: Generator | None) -> Tensor:
+        """Normalize, resize.
+
+        Args:
+            image: (C, h, w), raw, of any real type and memory order.
+            generator: not drawn from.
+
+        Returns:
+            (C, S, S), float32.
+        """
+        return resize(self.normalize(_tensor(image)), (self.size, self.size), self.antialias)
+
+
+@dataclass(frozen=True)
 class EvaluationCrop:
     """The short side resized to size / 0.875, then the central square.
 

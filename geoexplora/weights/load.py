@@ -33,15 +33,19 @@ _STYLE = ("layer_scale", "registers", "swiglu", "mlp_width")
 _GROUP_STYLE = ("channel_width", "class_token_encoding")
 
 
-def build_encoder(spec: EncoderSpec) -> nn.Module:
+def build_encoder(spec: EncoderSpec, **options: Any) -> nn.Module:
     """Build the encoder that a description describes, with timm's initial weights.
+
+    Args:
+        spec: what to build.
+        options: further arguments of the model that change no weights, such as ``drop_path_rate``.
 
     Raises:
         WeightsError: if timm does not know the model or refuses its arguments.
     """
     importlib.import_module("geoexplora.models")  # registers the group-channel ViTs with timm
     try:
-        return timm.create_model(spec.timm_name, **spec.timm_args)
+        return timm.create_model(spec.timm_name, **spec.timm_args, **options)
     except (RuntimeError, TypeError, ValueError) as problem:
         raise WeightsError(
             f"timm {timm.__version__} cannot build {spec.timm_name} with {dict(spec.timm_args)}: {problem}",

@@ -76,6 +76,7 @@ def read_opened(opened: Opened, hints: Hints, heads: int | None = None) -> Sourc
     return SourceWeights(
         opened.path, name, spec, tensors, _decoder(tensors),
         files=opened.files, assumed=assumed, undescribed=why, **account,
+        mask_token=None if "mask_token" in tensors else done.tensors.get("mask_token"),
     )  # fmt: skip
 
 

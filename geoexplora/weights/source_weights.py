@@ -41,6 +41,7 @@ class SourceWeights:
         undescribed: why there is no description.
         told: whether the file itself tells bands and normalization, as all that this package writes does.
         files: all files that were read.
+        mask_token: what stood for hidden patches in a pre-training without a decoder (DINOv2), any shape of D values.
     """
 
     path: Path
@@ -60,6 +61,7 @@ class SourceWeights:
     undescribed: str = ""
     told: bool = False
     files: tuple[Path, ...] = ()
+    mask_token: Tensor | None = None
 
     @cached_property
     def sha256(self) -> str:

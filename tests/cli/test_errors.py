@@ -68,7 +68,7 @@ def test_all_errors_of_a_config_together(run):
         (("--groups", "B2,B3;B3"), "band B3 stands in group 1 and in group 2"),
         (("--groups", "B2,B3,B4,B8;B5,B6,B7,B8A"), "band B11, B12 stands in no channel group"),
         (("--groups", "B1,B2"), "band B1, which is not among the input bands"),
-        (("--dataset", "fmow-sentinl"), "Did you mean fmow-sentinel?"),
+        (("--dataset", "fmow-sentinl"), "Did you mean fmow-sentinel"),
         (("--model", "vit_gigantic"), "unknown model 'vit_gigantic'"),
         (("--model", "vitbase"), "Did you mean vit_base"),
         (("--mask-ratio", "1"), "must lie between 0 and 1"),
@@ -93,7 +93,7 @@ def test_all_errors_of_a_config_together(run):
         (("--missing", "ignore"), "expected one of error, skip"),
         (("--config", "pretrain/fmow-sentinal"), "Did you mean pretrain/fmow-sentinel"),
         (("--config", "."), "is a folder"),
-        (("--objective", "dinov2"), "expected one of mae"),
+        (("--objective", "dino"), "expected one of mae, dinov2"),
     ],
 )
 def test_one_clear_message(run, words, text):

@@ -64,7 +64,7 @@ def test_copy(run):
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (("show", "pretrain/fmow"), "Did you mean pretrain/fmow-sentinel"),
+        (("show", "pretrain/fmow-sentine"), "Did you mean pretrain/fmow-sentinel"),
         (("show",), "needs a name"),
         (("shw", "x"), "Did you mean show?"),
         (("list", "x"), "takes no name"),

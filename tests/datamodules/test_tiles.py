@@ -265,7 +265,7 @@ def test_photographs() -> None:
     assert isinstance(loader.batch_sampler, StepBatchSampler)
     found = list(loader)
     assert len(found) == 8
-    assert found[0].keys() == {"image", "unreadable"}
+    assert found[0].keys() == {"image", "index", "unreadable"}
     assert found[0]["image"].shape == (8, 3, 32, 32)
     assert not datamodule.has_split("val")
     assert datamodule.sensor.name == "rgb"

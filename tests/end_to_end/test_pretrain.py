@@ -28,6 +28,9 @@ FILES = {
     "adapter/adapter_model.safetensors",
     "adapter/trained.safetensors",
     "plots/loss.png",
+    "plots/health.png",
+    "plots/features.png",
+    "plots/features-before.npz",
     "plots/reconstruction.png",
 }
 

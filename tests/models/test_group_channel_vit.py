@@ -87,10 +87,9 @@ def test_unknown_grid_features_are_refused() -> None:
         build(grid_features="sum")
 
 
-@pytest.mark.parametrize("unsupported", [{"class_token": False, "global_pool": "avg"}, {"dynamic_img_size": True}])
-def test_unsupported_settings_are_refused(unsupported: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="set_input_size"):
-        build(**unsupported)
+def test_a_model_without_class_token_is_refused() -> None:
+    with pytest.raises(ValueError, match="class token"):
+        build(class_token=False, global_pool="avg")
 
 
 def test_bands_follow_from_the_groups_and_must_agree() -> None:
@@ -279,6 +278,63 @@ def test_set_input_size_to_the_same_changes_nothing(model: Any, images: Tensor) 
     expected = model(images)
     model.set_input_size(img_size=16, patch_size=4)
     assert model(images).equal(expected)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"reg_tokens": 2}, {"class_token_encoding": True}])
+def test_images_of_any_size_at_the_models_own(kwargs: dict[str, Any], images: Tensor) -> None:
+    fixed, dynamic = build(**kwargs), build(dynamic_img_size=True, **kwargs)
+    assert fixed.state_dict().keys() == dynamic.state_dict().keys()
+    assert dynamic(images).equal(fixed(images))
+    for one, other in zip(
+        dynamic.forward_intermediates(images, intermediates_only=True),
+        fixed.forward_intermediates(images, intermediates_only=True),
+        strict=True,
+    ):
+        assert one.equal(other)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"reg_tokens": 2}, {"class_token_encoding": True}])
+@pytest.mark.parametrize("size", [(8, 8), (24, 24), (12, 20), (16, 8)])
+def test_images_of_any_size_equal_a_model_resampled_to_it(kwargs: dict[str, Any], size: tuple[int, int]) -> None:
+    """``set_input_size`` resamples for good what ``dynamic_img_size`` resamples for a batch."""
+    fixed, dynamic = build(**kwargs), build(dynamic_img_size=True, **kwargs)
+    fixed.set_input_size(img_size=size)
+    images = torch.randn(2, 6, *size, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(dynamic(images), fixed(images))
+    grid = (size[0] // 4, size[1] // 4)
+    assert dynamic.encodings(grid).shape == (1, 3 * grid[0] * grid[1], 32)
+    (taken,) = dynamic.forward_intermediates(images, 1, intermediates_only=True)
+    assert taken.shape == (2, 32, *grid)
+    torch.testing.assert_close(taken, fixed.forward_intermediates(images, 1, intermediates_only=True)[0])
+    assert dynamic.pos_embed.shape[1] == 16 + dynamic.num_prefix_tokens  # the model's own stay
+
+
+def test_only_the_position_part_is_resampled(model: Any) -> None:
+    encodings = model.encodings((2, 3)).view(3, 6, 32)
+    for group in range(3):
+        assert encodings[group, :, 24:].equal(model.channel_embed[0, group].expand(6, -1))
+        assert encodings[group, :, :24].equal(encodings[0, :, :24])
+    assert model.encodings((4, 4)).equal(model.encodings())
+
+
+def test_encodings_of_another_size_take_gradients() -> None:
+    dynamic = build(dynamic_img_size=True)
+    dynamic(torch.randn(2, 6, 24, 24)).square().sum().backward()
+    for parameter in (dynamic.pos_embed, dynamic.channel_embed):
+        assert parameter.grad is not None
+        assert parameter.grad.abs().sum() > 0
+
+
+def test_patches_keep_the_grid_where_images_are_of_any_size(images: Tensor) -> None:
+    fixed, dynamic = build(), build(dynamic_img_size=True)
+    grid = dynamic.patch_embed(images)
+    assert grid.shape == (2, 3, 4, 4, 32)
+    assert grid.flatten(1, 3).equal(fixed.patch_embed(images))
+
+
+def test_images_that_are_no_multiple_of_the_patch_are_refused() -> None:
+    with pytest.raises(AssertionError, match="divisible by patch size"):
+        build(dynamic_img_size=True)(torch.randn(2, 6, 18, 16))
 
 
 def test_gradient_checkpointing_changes_nothing(images: Tensor) -> None:

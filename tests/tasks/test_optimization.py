@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from geoexplora.bands import FMOW_SENTINEL_BANDS, FMOW_SENTINEL_GROUPS
+from geoexplora.tasks.mae_task import ExPLoRAPretrain
 from geoexplora.tasks.optimization import parameter_groups, warmup_cosine
-from geoexplora.tasks.pretrain_task import ExPLoRAPretrain
 from geoexplora.tasks.schedule import Schedule
 
 

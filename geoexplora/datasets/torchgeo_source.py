@@ -1,0 +1,253 @@
+"""TorchGeo's datasets as sources of raw tiles: bands by name, labels where they are listed."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import PIL
+from numpy.typing import NDArray
+from rasterio.errors import RasterioError
+from torch import Tensor
+from torchgeo.datasets import NonGeoDataset
+
+from geoexplora.bands import RGB, SENSORS, Sensor
+from geoexplora.datasets.tiles import Array, Tile, UnreadableTiles, UnusableTileError, too_many
+from geoexplora.datasets.torchgeo_opening import FACTS
+from geoexplora.errors import ConfigError, DataError
+
+
+class TorchGeoTiles:
+    """The images of a TorchGeo dataset as raw tiles.
+
+    The dataset's samples need an ``image`` (C, h, w) of any real type; sizes may vary. Bands are matched by name.
+    A tile has a label where the dataset lists its labels as ``targets``, as class folders do. Everything else is
+    unlabelled: masks, boxes, several labels an image, and labels that would take reading all images. TorchGeo knows
+    no locations: to ``location_ids`` all tiles lie at one. Where a dataset draws one of an image's seasons at random,
+    it is always the same one.
+
+    Args:
+        dataset: the dataset.
+        bands: the bands to return, in this order; None: all of the sensor's that it has, in the sensor's order.
+        sensor: the sensor that the bands belong to; None: as the dataset's band names, or its three channels, say.
+        max_unreadable: the largest bearable share of unreadable images; one is always borne.
+
+    Attributes:
+        classes: names of the classes; empty without labels.
+        labels: (N,) class indices, -1 without labels.
+        location_ids: (N,) zeros.
+        image_ids: (N,) what tells the images apart: checksums of the files' names where they are known.
+
+    Raises:
+        DataError: if there is no readable image, or one of another shape or number of bands than expected.
+        ConfigError: if the samples hold no image, the bands cannot be named, or a wanted one is not there.
+    """
+
+    def __init__(
+        self,
+        dataset: NonGeoDataset,
+        bands: Sequence[str] | None = None,
+        sensor: Sensor | None = None,
+        *,
+        max_unreadable: float = 0.1,
+    ) -> None:
+        self.dataset = dataset
+        self.name = type(dataset).__name__
+        if len(dataset) == 0:
+            raise DataError(f"TorchGeo's {self.name} has no image", "Check that --root is the right folder.")
+        self.unreadable = UnreadableTiles(len(dataset), max_unreadable)
+        facts = FACTS.get(self.name)
+        self._scale = facts.scale if facts else 1.0
+        _, image = self._readable(0, self._load)
+        self._channels = len(image)
+        self.sensor, channels = name_channels(dataset, self._channels, sensor or (facts.sensor if facts else None))
+        there = [band for band in self.sensor.band_names if band in channels]
+        self.bands = self.sensor.select(there if bands is None else bands)
+        gone = [band for band in self.bands if band not in there]
+        if gone:
+            raise ConfigError(
+                f"TorchGeo's {self.name} has no band {', '.join(gone)}", f"Set --bands to some of: {','.join(there)}."
+            )
+        self._keep = [channels.index(band) for band in self.bands]
+
+        targets = getattr(dataset, "targets", None)
+        labelled = targets is not None and len(targets) == len(dataset)
+        self.classes: tuple[str, ...] = tuple(getattr(dataset, "classes", ())) if labelled else ()
+        self.labels: NDArray[np.int64] = np.array(targets if labelled else np.full(len(dataset), -1), dtype=np.int64)
+        self.location_ids = np.zeros(len(dataset), dtype=np.int64)
+        self.image_ids = _image_ids(dataset)
+
+    def __len__(self) -> int:
+        """Number of tiles."""
+        return len(self.dataset)
+
+    def path(self, index: int) -> Path:
+        """The file of a tile where the dataset lists its files, else its number in the form of one."""
+        samples = getattr(self.dataset, "samples", None)
+        return Path(samples[index][0] if samples else f"image {index} of {self.name}")
+
+    def read(self, index: int) -> Tile:
+        """Read a raw tile, or the next readable one in its stead, without taking note of it.
+
+        Args:
+            index: of the tile; negative ones count from the end.
+
+        Returns:
+            The tile, (C, h, w), in the type that TorchGeo gives. Pixels that are NaN or infinite hold the mean of the
+            band's other pixels; a tile with a band of nothing else counts as unreadable.
+
+        Raises:
+            DataError: if the image is not what it should be, or more in a row than bearable are unreadable.
+            IndexError: if there is no such tile.
+        """
+        wanted = range(len(self))[index]
+        at, image = self._readable(wanted, self._image)
+        return Tile(image, int(self.labels[at]) if self.classes else None, wanted if at != wanted else -1)
+
+    def note_unreadable(self, index: int) -> None:
+        """Count an unreadable tile, and name it with the reason, found by looking at it again.
+
+        Raises:
+            DataError: if more distinct tiles than bearable were unreadable.
+        """
+        if index in self.unreadable.seen:
+            return
+        reason = "it could not be read at first"
+        try:
+            self._image(index)
+        except UnusableTileError as error:
+            reason = str(error)
+        self.unreadable.add(index, self.path(index), reason)
+
+    def _readable(self, wanted: int, load: Callable[[int], Array]) -> tuple[int, Array]:
+        """Index and image of the first tile from the wanted one on that can be loaded."""
+        bad: list[str] = []
+        while len(bad) <= self.unreadable.limit and len(bad) < len(self):
+            at = (wanted + len(bad)) % len(self)
+            try:
+                return at, load(at)
+            except UnusableTileError as error:
+                bad.append(f"{self.path(at)} ({error})")
+        raise too_many(bad, len(self), self.unreadable.share)
+
+    def _image(self, index: int) -> Array:
+        """The wanted bands of a tile, in the sensor's units."""
+        image = self._load(index)
+        if len(image) != self._channels:
+            raise DataError(
+                f"{self.path(index)} has {len(image)} bands, not {self._channels}",
+                "All tiles must hold the same bands in the same order; remove or replace this one.",
+            )
+        if self._keep != list(range(self._channels)):
+            image = image[self._keep]
+        if self._scale != 1:
+            image = image * image.dtype.type(self._scale)
+        return self._filled(image)
+
+    def _filled(self, image: Array) -> Array:
+        if image.dtype.kind != "f" or (valid := np.isfinite(image)).all():
+            return image
+        counts = valid.sum((1, 2))
+        if not counts.all():
+            raise UnusableTileError(f"band {self.bands[int(counts.argmin())]} holds nothing but NaN")
+        means = np.where(valid, image, 0).sum((1, 2), dtype=np.float64) / counts
+        return np.where(valid, image, means.astype(image.dtype)[:, None, None])
+
+    def _load(self, index: int) -> Array:
+        """A whole image (C, h, w)."""
+        state = random.getstate()
+        random.seed(index)  # of the datasets that draw a season
+        try:
+            sample = self.dataset[index]
+        except (OSError, RasterioError, SyntaxError) as error:  # Pillow calls a broken PNG a syntax error
+            raise UnusableTileError(self._reason(error, index)) from error
+        except (RuntimeError, LookupError, ValueError, TypeError) as error:
+            raise DataError(
+                f"TorchGeo's {self.name} cannot make an image of {self.path(index)}: {error}",
+                "Check that this file is of the dataset's format; remove or replace it.",
+            ) from error
+        finally:
+            random.setstate(state)
+        image = sample.get("image")
+        if not isinstance(image, Tensor):
+            raise ConfigError(
+                f"the samples of TorchGeo's {self.name} hold {', '.join(sample) or 'nothing'}, no image",
+                "Name a dataset whose samples have an image.",
+            )
+        if image.ndim != 3:
+            series = " (a time series)" if image.ndim == 4 else ""
+            raise ConfigError(
+                f"an image of TorchGeo's {self.name} has the shape {tuple(image.shape)}{series}",
+                "Only images of bands x height x width can be read: name another dataset.",
+            )
+        return image.numpy()
+
+    def _reason(self, error: Exception, index: int) -> str:
+        if isinstance(error, PIL.UnidentifiedImageError):
+            return "it is no image of a known format"
+        text = str(getattr(error, "strerror", None) or error.__cause__ or error)
+        return text.removeprefix(f"'{self.path(index)}' ").rstrip(".")
+
+
+def name_channels(dataset: NonGeoDataset, count: int, sensor: Sensor | None) -> tuple[Sensor, tuple[str | None, ...]]:
+    """The sensor of a dataset's images, and its name of each channel; None for what is not of this sensor.
+
+    Args:
+        dataset: the dataset.
+        count: number C of channels.
+        sensor: the sensor; None: the only one that has all the bands that the dataset names.
+
+    Raises:
+        ConfigError: if bands have no names, or these fit no sensor or several.
+        DataError: if there are more or fewer names than channels.
+    """
+    name = type(dataset).__name__
+    own = _own_names(dataset)
+    if not own and count == len(RGB.bands) and sensor in {None, RGB}:
+        return RGB, RGB.band_names
+    if not own:
+        raise ConfigError(
+            f"TorchGeo's {name} does not name the {count} bands of its images",
+            "Name a dataset that does, or one of 3 channels, which are taken for red, green and blue.",
+        )
+    if len(own) != count:
+        raise DataError(
+            f"TorchGeo's {name} names {len(own)} bands ({', '.join(own)}), but its images have {count}",
+            "Check that --root holds this dataset, as TorchGeo expects it.",
+        )
+    named = {one: tuple(_canonical(one, band) for band in own) for one in ([sensor] if sensor else SENSORS.values())}
+    fitting = [one for one, bands in named.items() if sensor or None not in bands]
+    if len(fitting) != 1:
+        fit = f"fit {', '.join(one.name for one in fitting)}" if fitting else "are of no known sensor"
+        raise ConfigError(
+            f"the band names of TorchGeo's {name} ({', '.join(own)}) {fit}",
+            f"Name a dataset of one known sensor: {', '.join(SENSORS)}.",
+        )
+    return fitting[0], named[fitting[0]]
+
+
+def _canonical(sensor: Sensor, band: str) -> str | None:
+    try:
+        return sensor.band(band.removeprefix("S2_")).name  # So2Sat's names
+    except ConfigError:
+        return None
+
+
+def _own_names(dataset: NonGeoDataset) -> tuple[str, ...]:
+    facts = FACTS.get(type(dataset).__name__)
+    candidates = [getattr(dataset, name, ()) for name in ("bands", "all_band_names", "all_bands")]
+    for names in [facts.bands if facts else (), *candidates]:
+        if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
+            return tuple(names)
+    return ()
+
+
+def _image_ids(dataset: NonGeoDataset) -> NDArray[np.int64]:
+    samples = getattr(dataset, "samples", None)
+    if not samples:
+        return np.arange(len(dataset), dtype=np.int64)
+    root = str(getattr(dataset, "root", ""))
+    return np.array([zlib.crc32(str(path).removeprefix(root).encode()) for path, _ in samples], dtype=np.int64)
