@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from geoexplora.bands import RGB, nearest
 from geoexplora.datasets import jpeg
+from geoexplora.datasets.fmow_index import OFFICIAL_CLASSES
 from geoexplora.datasets.fmow_rgb_annotations import Samples
 from geoexplora.datasets.fmow_rgb_boxes import CROPS, Box, Crop, crop_window
 from geoexplora.datasets.fmow_rgb_list import find_lists, index_list, read_list
@@ -114,7 +115,7 @@ class FMoWRGB(TileDataset):
             self._origin = self._base / self.split
             samples = index_tree(find_tree(self._base, self.split), variant)
         named = {label for listed in entries.values() for label in listed.labels}
-        self.classes = self._classes(named or category_folders(self._base), samples)
+        self.classes = self._classes(named | category_folders(self._base), samples)
         if false_detection:
             self.classes = (*self.classes, FALSE_DETECTION)
             if FALSE_DETECTION not in samples.categories:
@@ -158,6 +159,8 @@ class FMoWRGB(TileDataset):
 
     def _classes(self, named: set[str], samples: Samples) -> tuple[str, ...]:
         classes = fmow_classes(named - {FALSE_DETECTION})
+        if classes != OFFICIAL_CLASSES and self.split == "train":  # once for all splits
+            logger.info("classes: the %d found in lists and folders, not fMoW's 62", len(classes))
         unknown = sorted(set(samples.categories.tolist()) - {*classes, FALSE_DETECTION})
         if unknown:
             raise DataError(
@@ -171,7 +174,8 @@ class FMoWRGB(TileDataset):
         total = len(samples.paths) + len(absent)
         self._report(absent, f"{len(absent)} of the {total} images of {self._origin} are missing", missing)
         wrong = [f"{os.fsdecode(path)}: {reason.decode()}" for path, reason in samples.problems]
-        self._report(wrong, f"{len(wrong)} boxes or JSON files of {self._origin} cannot be used", missing)
+        these = "box or JSON file" if len(wrong) == 1 else "boxes or JSON files"
+        self._report(wrong, f"{len(wrong)} {these} of {self._origin} cannot be used", missing)
         dropped = [f"{len(absent)} missing", f"{len(wrong)} unusable"]
         if samples.tiny[0]:
             dropped.append(f"{samples.tiny[0]} of at most 2 px")

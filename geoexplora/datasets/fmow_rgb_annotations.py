@@ -161,7 +161,8 @@ def _add_box(annotation: Annotation, entry: Any, size: tuple[Any, Any]) -> None:
     if across <= 0 or down <= 0:
         annotation.problems.append(f"the box {box} has no area")
     elif x >= width or y >= height or x + across <= 0 or y + down <= 0:
-        annotation.problems.append(f"the box {box} lies outside the image of {width} x {height} px")
+        of_size = "" if math.inf in (width, height) else f" of {width} x {height} px"
+        annotation.problems.append(f"the box {box} lies outside the image{of_size}")
     elif across <= TINY or down <= TINY:
         annotation.tiny += 1
     else:

@@ -124,6 +124,15 @@ class MetricsWriter(Callback):
             grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
             self._norm = float(torch.nn.utils.get_total_norm(grads))
 
+    def check(self, step: int) -> None:
+        """Look at what has been collected of losses since the last time.
+
+        Raises:
+            RunError: if one was not finite; names the samples.
+        """
+        if problem := self._guard.verdict(self.names):
+            raise RunError(f"by step {step}, {problem}", DIVERGED)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -141,8 +150,7 @@ class MetricsWriter(Callback):
         collected, self._outputs = self._outputs, []
         if not self._is_logged(step, trainer):
             return
-        if problem := self._guard.verdict(self.names):
-            raise RunError(f"by step {step}, {problem}", DIVERGED)
+        self.check(step)
         parts = {"loss": [one["value"] for one in collected]}
         parts |= {name: [one["parts"][name] for one in collected] for name in collected[0]["parts"]}
         means = torch.stack([torch.stack(values).float().mean().to(pl_module.device) for values in parts.values()])

@@ -236,24 +236,15 @@ def _trainer(
     failure: SharedFailure,
 ) -> Trainer:
     clock, export = StepClock(), RunExport(folder, datamodule)
-    callbacks: list[Callback] = [
-        failure,
-        MetricsWriter(
-            metrics,
-            options.log_every,
-            schedule.images_per_step,
-            clock,
-            _watch(folder, task),
-            sample_names(datamodule.source("train")),
-        ),
-        progress_callback("pre-training"),
-        FirstFeatures(export),
-    ]
+    names = sample_names(datamodule.source("train"))
+    writer = MetricsWriter(metrics, options.log_every, schedule.images_per_step, clock, _watch(folder, task), names)
+    callbacks: list[Callback] = [failure, writer, progress_callback("pre-training"), FirstFeatures(export)]
     if options.probe_every and _has_labels(datamodule):
         callbacks.append(KNNProbe(metrics, datamodule, options.probe_every, clock))
 
     def before_save() -> None:
         clock.pause()
+        writer.check(task.trainer.global_step)
         check_finite(task.model)
         metrics.sync()
 

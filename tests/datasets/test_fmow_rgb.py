@@ -262,8 +262,8 @@ def test_a_read_only_folder(own_rgb_tree: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_least_side(tmp_path: Path) -> None:
-    root = write_fmow_rgb_tree(tmp_path, (60, 160), margin=4, limit=2)
-    dataset, shrunk = FMoWRGB(root), FMoWRGB(root, least_side=30)
+    root = write_fmow_rgb_tree(tmp_path, (16, 40), margin=44, limit=4)
+    dataset, shrunk = FMoWRGB(root, crop="full"), FMoWRGB(root, crop="full", least_side=30)
     factors = set()
     for index in range(len(dataset)):
         whole, small = dataset.read(index).image, shrunk.read(index).image
