@@ -65,6 +65,7 @@ def cached(file: Path, state: str, build: Callable[[], Arrays]) -> Arrays:
     kept = _read(file, state)
     if kept is not None:
         return kept
+    logger.info("reading all annotations, which takes a while the first time, to keep them in %s", file)
     arrays = build()
     try:
         with atomic_path(file) as temporary, temporary.open("wb") as target:

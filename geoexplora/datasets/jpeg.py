@@ -2,7 +2,8 @@
 
 Most of the time goes into the Huffman codes, which every decoder has to read whole; what can be spared is the rest:
 pixels that are resized away later (benchmarks/jpeg_decoding.py). Whole images are decoded by imagecodecs, smaller ones
-by Pillow, whose ``draft`` shrinks by 2, 4 or 8 within the inverse cosine transform. Both use libjpeg-turbo.
+by Pillow, whose ``draft`` shrinks by 2, 4 or 8 within the inverse cosine transform. Both use libjpeg-turbo. (GDAL stops
+below a window, but may take a thumbnail in the file's header for a shrunk image.)
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ class SplitAttention(Attention):
             (B, N, D).
         """
         layers = tuple(getattr(self, name) for name in PROJECTIONS)
-        if self.training and all(is_fusible(layer) for layer in layers):
+        if all(is_fusible(layer) for layer in layers):
             projected = lora_projections(x, layers).chunk(3, dim=-1)
         else:
             projected = tuple(layer(x) for layer in layers)

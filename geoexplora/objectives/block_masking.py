@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 LEAST = 4
-"""Tokens that a block covers at least."""
+"""Tokens that a block covers at least, before its sides are rounded."""
 
 ASPECT = (0.3, 1 / 0.3)
 """Smallest and largest ratio of a block's height to its width."""

@@ -6,6 +6,7 @@ tokens of a global crop (G * L with G channel groups), R hidden ones in the batc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -85,6 +86,34 @@ class Heads(nn.Module):
         self.ibot = sizes.build(width) if sizes.separate else self.dino
         self.mask_token = nn.Parameter(torch.zeros(1, width))
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name; those of a head that serves for both are named once, as the class tokens'."""
+        return {
+            name: tensor
+            for name, tensor in self.state_dict().items()
+            if self.ibot is not self.dino or not name.startswith("ibot.")
+        }
+
+    @torch.no_grad()
+    def take(self, weights: Mapping[str, Tensor]) -> bool:
+        """Start from what another training kept: a mask token, and heads if they are of the same sizes.
+
+        Args:
+            weights: of the names of ``tensors``; a mask token alone will do.
+
+        Returns:
+            Whether the heads were taken.
+        """
+        own = self.tensors()
+        if "mask_token" in weights:
+            own["mask_token"].copy_(weights["mask_token"].reshape(1, -1))
+        shapes, others = ({n: t.shape for n, t in these.items() if n != "mask_token"} for these in (own, weights))
+        if shapes != others:
+            return False
+        for name in shapes:
+            own[name].copy_(weights[name])
+        return True
+
     def forward(self, class_tokens: Tensor, patch_tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Scores of class tokens and of hidden tokens, in one pass where they share a head."""
         if self.ibot is not self.dino:
@@ -119,8 +148,6 @@ class DINOv2(nn.Module):
         centering: how the teacher's distributions are kept from collapsing.
         ibot_weight: of the loss of hidden tokens.
         koleo_weight: of KoLeo; 0 leaves it out.
-        mask_token: D values that stand for hidden tokens at the start, as DINOv2's backbones bring them; ``None`` means
-            zeros.
 
     Raises:
         ValueError: if the encoder has no class token.
@@ -133,7 +160,6 @@ class DINOv2(nn.Module):
         centering: Centering = "softmax",
         ibot_weight: float = 1.0,
         koleo_weight: float = 0.1,
-        mask_token: Tensor | None = None,
     ) -> None:
         super().__init__()
         if not encoder.has_class_token:
@@ -142,8 +168,6 @@ class DINOv2(nn.Module):
         self.ibot_weight = ibot_weight
         self.koleo_weight = koleo_weight
         self.student = Branch(encoder, sizes)
-        if mask_token is not None:
-            self.student.heads.mask_token.data.copy_(mask_token.reshape(1, -1))
         self.teacher = averaged_twin(self.student)
         self.register_buffer("dino_center", torch.zeros(sizes.prototypes))
         self.register_buffer("ibot_center", torch.zeros(sizes.prototypes))
@@ -153,6 +177,12 @@ class DINOv2(nn.Module):
         super().train(mode)
         self.teacher.eval()
         return self
+
+    def start_heads(self, weights: Mapping[str, Tensor]) -> bool:
+        """Start student and teacher from what another training kept; see ``Heads.take``."""
+        taken = self.student.heads.take(weights)
+        update_twin(self.teacher, self.student, momentum=0.0)
+        return taken
 
     def update_teacher(self, momentum: float) -> None:
         """Average the student into the teacher, after an optimizer step."""

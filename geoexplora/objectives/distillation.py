@@ -65,13 +65,18 @@ def sinkhorn_targets(logits: Tensor, temperature: float, iterations: int = 3) ->
     Returns:
         (R, K); every row sums to 1.
     """
-    scores = logits.float() / temperature
-    peak = scores.amax() if scores.numel() else scores.new_tensor(-torch.inf)
-    q = (scores - _maximum_over_processes(peak)).exp()  # the scale cancels; without this large scores overflow
+    # By logarithms: scores of one row far below another's would vanish otherwise.
+    log_q = logits.float() / temperature
     for _ in range(iterations):
-        q = q / _sum_over_processes(q.sum(0)).clamp_min(torch.finfo(q.dtype).tiny)
-        q = q / q.sum(1, keepdim=True).clamp_min(torch.finfo(q.dtype).tiny)
-    return q
+        log_q = (log_q - _log_sum_of_columns(log_q)).log_softmax(1)
+    return log_q.exp()
+
+
+def _log_sum_of_columns(x: Tensor) -> Tensor:
+    """Logsumexp over the rows of all processes, (R, K) to (K,)."""
+    peak = torch.cat([x, x.new_full((1, x.shape[1]), torch.finfo(x.dtype).min)]).amax(0)
+    peak = _maximum_over_processes(peak)
+    return peak + _sum_over_processes((x - peak).exp().sum(0)).log()
 
 
 def dino_loss(student: Tensor, targets: Tensor) -> Tensor:

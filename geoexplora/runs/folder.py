@@ -57,6 +57,7 @@ class RunFolder:
         self.previous_checkpoint = self.checkpoints / "previous.ckpt"
         self.encoder_file = self.path / "encoder.safetensors"
         self.decoder_file = self.path / "decoder.safetensors"
+        self.heads_file = self.path / "heads.safetensors"
         self.adapter = self.path / "adapter"
         self.plots = self.path / "plots"
         self.loss_plot = self.plots / "loss.png"

@@ -5,6 +5,7 @@ Shapes: B batch, C bands, S side of a global crop.
 
 from __future__ import annotations
 
+import logging
 from random import Random
 from typing import Any
 
@@ -21,6 +22,8 @@ from geoexplora.transforms.multi_crop import MultiCrop
 from geoexplora.transforms.normalization import Normalization
 from geoexplora.transforms.photometric import photometric
 from geoexplora.weights.source_weights import SourceWeights
+
+log = logging.getLogger(__name__)
 
 
 class ExPLoRADINOv2(PretrainTask):
@@ -119,14 +122,20 @@ class ExPLoRADINOv2(PretrainTask):
         sizes = HeadSizes(
             h["prototypes"], h["head_layers"], h["head_hidden"], h["head_bottleneck"], h["separate_heads"]
         )
-        mask_token = None if source is None else source.mask_token
-        return DINOv2(encoder, sizes, h["centering"], h["ibot_weight"], h["koleo_weight"], mask_token)
+        model = DINOv2(encoder, sizes, h["centering"], h["ibot_weight"], h["koleo_weight"])
+        kept = {} if source is None else source.distillation
+        if kept and not model.start_heads(kept) and set(kept) != {"mask_token"}:
+            log.warning(
+                "the source's projection heads have other sizes: they start from random weights. Set --prototypes, "
+                "--head-layers, --head-hidden, --head-bottleneck and --separate-heads to take them over."
+            )
+        return model
 
     def draw_mask(self, crops: int, *seeds: int) -> Tensor:
         """Draw the hidden tokens of global crops (crops, N), bool, on the CPU; depends on the seeds only."""
         h = self.hparams
         side = h["image_size"] // h["patch_size"]
-        draws = generator(h["seed"], *seeds)
+        draws = generator(h["seed"], *seeds, 2)  # another stream than that of the crops
         random = Random(int(torch.randint(2**62, (1,), generator=draws)))
         return block_masks(crops, (side, side), self.num_groups, h["mask_probability"], tuple(h["mask_range"]), random)
 
@@ -149,7 +158,6 @@ class ExPLoRADINOv2(PretrainTask):
         draws = generator(self.hparams["seed"], *seeds)
         crops = self.photometric(self.multi_crop(images, sizes, draws), draws)
         mask = self.draw_mask(len(crops.global_), *seeds)
-        torch.manual_seed(int(torch.randint(2**62, (1,), generator=draws)))  # of stochastic depth
         temperature = self.temperature(step)
         output = self.model(crops.global_, crops.local, mask, temperature)
         parts = dict(output.parts) | {

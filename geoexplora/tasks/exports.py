@@ -14,6 +14,7 @@ from geoexplora.runs.folder import RunFolder
 from geoexplora.runs.metrics import read_metrics
 from geoexplora.runs.pictures import plot_features, plot_reconstruction
 from geoexplora.runs.plots import plot_health, plot_loss
+from geoexplora.tasks.dinov2_task import ExPLoRADINOv2
 from geoexplora.tasks.features import evaluating
 from geoexplora.tasks.mae_task import ExPLoRAPretrain
 from geoexplora.tasks.patch_features import (
@@ -24,7 +25,7 @@ from geoexplora.tasks.patch_features import (
     score_colours,
     store_before,
 )
-from geoexplora.weights.write import save_decoder, save_encoder
+from geoexplora.weights.write import save_decoder, save_encoder, save_heads
 
 SHOWN = 4
 """Images in the pictures."""
@@ -63,6 +64,8 @@ class RunExport:
         if isinstance(task, ExPLoRAPretrain):
             self._export_decoder(task, step)
             self._plot_reconstruction(task, images)
+        if isinstance(task, ExPLoRADINOv2):
+            save_heads(self.folder.heads_file, task.model.teacher.heads.tensors(), task.spec, step=step)
 
     def before(self, task: Any) -> None:
         """Keep how the source sees the images of the pictures, before anything is trained.

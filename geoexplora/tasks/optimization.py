@@ -32,7 +32,7 @@ def parameter_groups(
 
     Weights that go on from the source (whole blocks and norms) take ``slow_scale`` times the learning rate of what
     starts anew (LoRA, embeddings of new bands, the head's new parts). Vectors, tokens and encodings have no weight
-    decay.
+    decay; the lengths of prototypes have, as in DINOv2.
 
     Args:
         encoder: the ViT.

@@ -14,6 +14,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torchgeo.tasks import BaseTask
 
+from geoexplora.datamodules.sampling import generator
 from geoexplora.explora import ExploraConfig, PartCount, apply_explora, parameter_table, resolve_blocks
 from geoexplora.models.attention import use_fast_attention
 from geoexplora.models.initialization import initialize_plain_encoder
@@ -233,6 +234,12 @@ class PretrainTask(BaseTask):
     def batch_seeds(self) -> tuple[int, int]:
         """What random numbers of a training step depend on besides the task's seed: batch and process."""
         return self.trainer.fit_loop.epoch_loop.total_batch_idx, self.global_rank
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed stochastic depth, so that a resumed run drops what an uninterrupted one would have."""
+        if self.hparams["drop_path"]:
+            draws = generator(self.hparams["seed"], *self.batch_seeds(), 1)
+            torch.manual_seed(int(torch.randint(2**62, (1,), generator=draws)))
 
     def on_train_start(self) -> None:
         """Set the rates by the schedule: a checkpoint brings back those of the shorter run that wrote it."""

@@ -14,7 +14,7 @@ from geoexplora.weights.sources.locate import Located, locate
 
 log = logging.getLogger(__name__)
 
-DECODER_FILE = "decoder.safetensors"
+DECODER_FILE, HEADS_FILE = "decoder.safetensors", "heads.safetensors"
 ADAPTER_FILE = "adapter_config.json"
 
 
@@ -22,9 +22,9 @@ def read_weights(source: str | Path, *, heads: int | None = None) -> SourceWeigh
     """Read a weights file, a run folder, or what a name or address stands for.
 
     Args:
-        source: a file of any known format, a run folder (with its ``decoder.safetensors`` if there is one), a Hugging
-            Face folder, an ``https://`` or ``hf://`` address, a shortcut such as ``dinov2-vitl14``, TorchGeo's name of
-            a weight enum, or a timm model's name.
+        source: a file of any known format, a run folder (with its ``decoder.safetensors`` or ``heads.safetensors`` if
+            there is one), a Hugging Face folder, an ``https://`` or ``hf://`` address, a shortcut such as
+            ``dinov2-vitl14``, TorchGeo's name of a weight enum, or a timm model's name.
         heads: attention heads, which do not show in tensors; needed for unusual sizes in files that do not tell.
 
     Returns:
@@ -66,6 +66,8 @@ def _read(located: Located, heads: int | None) -> SourceWeights:
 
 def _read_run(located: Located, folder: Path) -> SourceWeights:
     encoder = _source(located, open_file(folder / ENCODER_FILE))
+    if (folder / HEADS_FILE).is_file():
+        return replace(encoder, distillation=open_file(folder / HEADS_FILE).content)
     if not (folder / DECODER_FILE).is_file():
         return encoder
     decoder = _source(located, open_file(folder / DECODER_FILE))

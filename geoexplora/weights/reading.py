@@ -76,7 +76,7 @@ def read_opened(opened: Opened, hints: Hints, heads: int | None = None) -> Sourc
     return SourceWeights(
         opened.path, name, spec, tensors, _decoder(tensors),
         files=opened.files, assumed=assumed, undescribed=why, **account,
-        mask_token=None if "mask_token" in tensors else done.tensors.get("mask_token"),
+        distillation={name: done.tensors[name] for name in left_out if name == "mask_token"},
     )  # fmt: skip
 
 
@@ -109,6 +109,10 @@ def _read_own(opened: Opened) -> SourceWeights:
         raise WeightsError(
             f"{opened.path} is a part of an adapter: it holds what was trained, without the weights that it adapts",
             "Merge it first: geoexplora export ADAPTER --base FILE --format safetensors --output NEW.safetensors.",
+        )
+    if header["geoexplora"] == "heads":
+        raise WeightsError(
+            f"{opened.path} holds the projection heads of a run", "Name the run's folder, or its encoder.safetensors."
         )
     if header["geoexplora"] == "decoder" and "cls_token" not in opened.content:
         return _with_header(opened, header, opened.content, OWN_DECODER)

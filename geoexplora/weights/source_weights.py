@@ -41,7 +41,8 @@ class SourceWeights:
         undescribed: why there is no description.
         told: whether the file itself tells bands and normalization, as all that this package writes does.
         files: all files that were read.
-        mask_token: what stood for hidden patches in a pre-training without a decoder (DINOv2), any shape of D values.
+        distillation: what DINOv2's objective keeps beside the encoder: ``mask_token`` (D values, any shape), and of
+            this package's runs also the tensors of the projection heads, ``dino.*`` and, if separate, ``ibot.*``.
     """
 
     path: Path
@@ -61,7 +62,7 @@ class SourceWeights:
     undescribed: str = ""
     told: bool = False
     files: tuple[Path, ...] = ()
-    mask_token: Tensor | None = None
+    distillation: Mapping[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def sha256(self) -> str:

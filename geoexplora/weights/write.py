@@ -76,6 +76,24 @@ def save_decoder(
     _save(Path(path), named, metadata, step, dtype)
 
 
+def save_heads(path: str | Path, tensors: Mapping[str, Tensor], spec: EncoderSpec, *, step: int | None = None) -> None:
+    """Write the projection heads and the mask token of DINOv2's objective beside their encoder, whole or not at all.
+
+    DINOv2's own were never released: continuing from its backbones starts with new heads.
+
+    Args:
+        path: the file, usually ``heads.safetensors``.
+        tensors: ``dino.*``, ``ibot.*`` if the heads are separate, and ``mask_token``.
+        spec: the encoder's description.
+        step: the optimizer step they were taken at.
+
+    Raises:
+        WeightsError: as in :func:`save_encoder`.
+        RunError: as in :func:`save_encoder`.
+    """
+    _save(Path(path), tensors, spec.to_metadata() | {"geoexplora": "heads"}, step, None)
+
+
 def is_decoder(name: str) -> bool:
     """Whether a tensor of that canonical name belongs to the decoder of a masked autoencoder."""
     return name.startswith("decoder_") or name == "mask_token"

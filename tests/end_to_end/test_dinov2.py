@@ -28,7 +28,7 @@ TINY = (
 
 FILES = {
     "config.yaml", "run.json", "metrics.csv", "checkpoints/last.ckpt", "checkpoints/previous.ckpt",
-    "encoder.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
+    "encoder.safetensors", "heads.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors",
     "adapter/trained.safetensors", "plots/loss.png", "plots/health.png", "plots/features.png",
     "plots/features-before.npz",
 }  # fmt: skip
@@ -164,6 +164,24 @@ def test_the_source_brings_its_mask_token(rgb, tmp_path):
     assert got.status == 0, got.err
     saved = torch.load(tmp_path / "r/checkpoints/last.ckpt", weights_only=True)["state_dict"]
     assert torch.allclose(saved["model.student.heads.mask_token"], token, atol=1e-5)
+
+
+def test_a_run_brings_its_heads(dinov2, spectral_run, tmp_path):
+    """Meta never released DINOv2's: what continues from a run of ours need not start anew."""
+    heads = load_file(spectral_run / "heads.safetensors")
+    assert {name.split(".")[0] for name in heads} == {"dino", "mask_token"}
+    words = ("--init", spectral_run, "--max-steps", "1", "--lr", "1e-9")
+    got = dinov2(tmp_path / "r", *words)
+    assert got.status == 0, got.err
+    assert "projection heads have other sizes" not in got.err
+    again = load_file(tmp_path / "r/heads.safetensors")
+    assert all(torch.allclose(again[name], heads[name], atol=1e-5) for name in heads)
+    got = dinov2(tmp_path / "other", *words, "--prototypes", "64")
+    assert got.status == 0, got.err
+    assert "warning: the source's projection heads have other sizes" in got.err
+    got = dinov2(tmp_path / "wrong", "--init", spectral_run / "heads.safetensors")
+    assert got.status == 2
+    assert "holds the projection heads of a run" in got.err
 
 
 @pytest.mark.parametrize("devices", ["2"])

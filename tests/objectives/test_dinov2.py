@@ -334,7 +334,8 @@ def test_class_token_is_needed() -> None:
 def test_mask_token_starts_from_the_sources(shape: tuple[int, ...]) -> None:
     encoder = timm.create_model("vit_tiny_patch16_224", **SIZES)
     given = torch.randn(shape)
-    model = DINOv2(encoder, HeadSizes(4, 1, 4, 4), mask_token=given)
+    model = DINOv2(encoder, HeadSizes(4, 1, 4, 4))
+    assert not model.start_heads({"mask_token": given}), "no heads came with it"
     for branch in (model.student, model.teacher):
         assert branch.heads.mask_token.equal(given.view(1, -1))
     assert model.student.heads.mask_token.requires_grad

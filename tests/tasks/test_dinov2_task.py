@@ -59,7 +59,8 @@ def images_for(task: ExPLoRADINOv2, count: int = 2, side: int = 40) -> Tensor:
 
 
 def step_of(task: ExPLoRADINOv2, step: int, rank: int = 0, **batch: Any) -> dict[str, Any]:
-    return at_step(task, step, rank).training_step({"image": images_for(task)} | batch, 0)
+    at_step(task, step, rank).on_train_batch_start(batch, 0)
+    return task.training_step({"image": images_for(task)} | batch, 0)
 
 
 def half_cosine(start: float, end: float, progress: float) -> float:
