@@ -73,6 +73,7 @@ class Variant(ABC):
     def product_sizes(self, model: str, batch: int) -> list[tuple[int, int, int]]:
         """Rows, input and output width of the largest matrix products."""
 
+    @abstractmethod
     def after_step(self, model: Any) -> None:
         """What follows the optimizer's step."""
 

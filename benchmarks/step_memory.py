@@ -21,8 +21,12 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from geoexplora.objectives.dinov2 import DINOv2
+
 CARD = 16 * 2**30
 VARIANT = DINOv2Variant("explora", "bf16")
+COUNTED = (2, 4)
+"""Batches that are run; KoLeo needs two images."""
 
 
 class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
@@ -33,10 +37,11 @@ class SavedBytes(torch.autograd.graph.saved_tensors_hooks):
         self._saved: dict[int, Any] = {}
         super().__init__(self._pack, lambda tensor: tensor)
 
-    @property
-    def total(self) -> int:
-        """In bytes."""
-        return sum(storage.nbytes() for storage in self._saved.values())
+    def take_total(self) -> int:
+        """The bytes until now; lets go of what was counted, which could else not be freed."""
+        total = sum(storage.nbytes() for storage in self._saved.values())
+        self._saved.clear()
+        return total
 
     def _pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -76,35 +81,84 @@ class LiveBytes(TorchDispatchMode):
         self.now -= self._alive.pop(key)
 
 
+def build(model: str, checkpointing: bool) -> DINOv2:
+    """The student and teacher that a GPU would train, with the recipe's stochastic depth."""
+    return VARIANT.build(model, cpu_paths=False, checkpointing=checkpointing, drop_path_rate=0.3)
+
+
 def count_step(model: str, batch: int, checkpointing: bool) -> dict[str, Any]:
-    """Bytes of a step on the CPU: what is held by kind, saved activations, and the peak of all that lives."""
-    built = VARIANT.build(model, torch.device("cpu"), cpu_paths=False, checkpointing=checkpointing)
+    """Bytes of a step: what is held by kind, what is saved for the backward pass, and the peak of all that lives."""
+    built, inputs = build(model, checkpointing), VARIANT.inputs(batch)
     optimizer = adamw(built)
-    inputs = VARIANT.inputs(batch, torch.device("cpu"))
-    for parameter in built.parameters():
-        if parameter.requires_grad:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # the moments come into being
-    student = list(built.student.parameters())
-    held = distinct_bytes(
-        {"frozen weights": (p for p in student if not p.requires_grad), "trained weights": student}
-        | {"teacher's own weights": built.teacher.parameters()}
-        | held_tensors(built, optimizer)
-    )
-    optimizer.zero_grad()
-    tensors = [tensor for group in held_tensors(built, optimizer).values() for tensor in group]
-    saved = SavedBytes(tensors)
-    with (
-        torch.autocast("cpu", torch.bfloat16),
-        mock.patch("geoexplora.explora.attention.attend", F.scaled_dot_product_attention),
-        saved,
-    ):
-        output = built(*inputs, 0.07)
-    result = {"batch": batch, "rows": VARIANT.rows(batch), "held": held, "saved": saved.total}
-    del output, saved
-    with (
-        mock.patch("geoexplora.explora.attention.attend", F.scaled_dot_product_attention),
-        LiveBytes([*tensors, *inputs]) as live,
-    ):
-        VARIANT.step(built, inputs, optimizer)()
-    return result | {"peak": live.peak}
+    held: dict[str, int] = {}
+    optimizer.register_step_post_hook(lambda *_: held.update(distinct_bytes(kinds(built, optimizer))))
+    with mock.patch("geoexplora.explora.attention.attend", F.scaled_dot_product_attention):
+        VARIANT.step(built, inputs, optimizer)()  # the moments come into being
+        lasting = [tensor for group in held_tensors(built, optimizer).values() for tensor in group]
+        saved = SavedBytes([*lasting, *inputs])
+        with LiveBytes([*lasting, *inputs]) as live:
+            with saved:
+                loss = VARIANT.loss(built, inputs)
+            activations = saved.take_total()
+            loss.backward()
+            optimizer.step()
+    return {"rows": VARIANT.rows(batch), "held": held, "activations": activations, "peak": live.peak}
+
+
+def kinds(model: DINOv2, optimizer: torch.optim.Optimizer) -> dict[str, Iterable[Tensor]]:
+    """What is held, by kind; ``distinct_bytes`` counts a tensor where it comes first."""
+    return {
+        "frozen weights": (p for p in model.student.parameters() if not p.requires_grad),
+        "trained weights": model.student.parameters(),
+        "teacher's own weights": model.teacher.parameters(),
+    } | held_tensors(model, optimizer)
+
+
+def estimate(model: str, batch: int) -> dict[str, Any]:
+    """Bytes at the batch asked for, by lines through the batches that were run; on a GPU also the measured peak."""
+    result: dict[str, Any] = {"batch": batch, "card": CARD, "checkpointing": {}}
+    for checkpointing in (False, True):
+        counted = {size: count_step(model, size, checkpointing) for size in COUNTED}
+        found: dict[str, Any] = {"counted": counted, "held": counted[COUNTED[0]]["held"]}
+        for what in ("rows", "activations", "peak"):
+            (small, low), (large, high) = ((size, counted[size][what]) for size in COUNTED)
+            slope = (high - low) / (large - small)
+            found[what] = {"slope": slope, "intercept": low - slope * small, "at_batch": low + slope * (batch - small)}
+        found["rows"]["drawn_at_batch"] = VARIANT.rows(batch)
+        if DEVICE.type == "cuda":
+            found["measured_peak"] = gpu_peak(model, batch, checkpointing)
+        result["checkpointing"]["on" if checkpointing else "off"] = found
+    return result
+
+
+def gpu_peak(model: str, batch: int, checkpointing: bool) -> int:
+    """Peak of what torch allocates on the GPU in two steps."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    step = VARIANT.step(build(model, checkpointing), VARIANT.inputs(batch))
+    step()
+    step()
+    return torch.cuda.max_memory_allocated()
+
+
+def memory_table(model: str, result: dict[str, Any]) -> str:
+    """The estimate as a Markdown table, in GiB."""
+    off, on = (result["checkpointing"][key] for key in ("off", "on"))
+    rows = {kind: [off["held"][kind], on["held"][kind]] for kind in off["held"]}
+    rows["held"] = [sum(found["held"].values()) for found in (off, on)]
+    rows["saved for the backward pass"] = [found["activations"]["at_batch"] for found in (off, on)]
+    scores = [found["rows"]["at_batch"] * HEADS.prototypes * 4 for found in (off, on)]
+    rows["one matrix of scores in fp32, several of which live"] = scores
+    rows["peak of all living tensors"] = [found["peak"]["at_batch"] for found in (off, on)]
+    if "measured_peak" in off:
+        rows["measured peak"] = [off["measured_peak"], on["measured_peak"]]
+    rows[f"left of {result['card'] / 2**30:.0f} GiB"] = [result["card"] - peak for peak in rows[list(rows)[-1]]]
+    lines = [
+        f"{model}, DINOv2 {VARIANT.name}, batch {result['batch']} from a line through batches "
+        f"{' and '.join(map(str, COUNTED))}, GiB",
+        "",
+        "| | without checkpointing | with |",
+        "| --- | ---: | ---: |",
+    ]
+    lines += [f"| {name} | {' | '.join(f'{size / 2**30:.2f}' for size in sizes)} |" for name, sizes in rows.items()]
+    return "\n".join(lines)

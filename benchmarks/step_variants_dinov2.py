@@ -45,7 +45,12 @@ class DINOv2Variant(Variant):
         return replace(self, mode="full")
 
     def build(
-        self, model: str, device: torch.device = DEVICE, cpu_paths: bool = True, checkpointing: bool = False, **sizes: Any
+        self,
+        model: str,
+        device: torch.device = DEVICE,
+        cpu_paths: bool = True,
+        checkpointing: bool = False,
+        **others: Any,
     ) -> DINOv2:
         """The model as this variant trains it.
 
@@ -54,11 +59,11 @@ class DINOv2Variant(Variant):
             device: where it is to live.
             cpu_paths: let linear layers and attention take the package's paths for CPUs.
             checkpointing: recompute the student's blocks in the backward pass.
-            sizes: of the encoder, where they are not those of ``model``.
+            others: further options of timm's model.
         """
         torch.manual_seed(0)
         # The released gammas are not near 0, as new ones are; with those no test of the loss would see the blocks.
-        options = {"img_size": GLOBAL_SIZE, "dynamic_img_size": True, "num_classes": 0, "init_values": 1.0} | sizes
+        options = {"img_size": GLOBAL_SIZE, "dynamic_img_size": True, "num_classes": 0, "init_values": 1.0} | others
         encoder = timm.create_model(f"{model}_patch{PATCH}_dinov2", **options)
         if self.mode != "full":
             apply_explora(encoder, ExploraConfig((len(encoder.blocks),), rank=64))
@@ -74,11 +79,10 @@ class DINOv2Variant(Variant):
 
     def inputs(self, batch: int, device: torch.device = DEVICE) -> Crops:
         """Crops and the masks of a batch; on meta the masks are real, as their numbers decide the sizes."""
-        side = GLOBAL_SIZE // PATCH
         return Crops(
             torch.rand(GLOBAL_CROPS * batch, 3, GLOBAL_SIZE, GLOBAL_SIZE, device=device),
             torch.rand(LOCAL_CROPS * batch, 3, LOCAL_SIZE, LOCAL_SIZE, device=device),
-            block_masks(GLOBAL_CROPS * batch, (side, side), 1, 0.5, (0.1, 0.5), Random(0)),
+            self.masks(batch),
         )
 
     def loss(self, model: DINOv2, inputs: Crops) -> Tensor:
@@ -94,5 +98,14 @@ class DINOv2Variant(Variant):
         """The MLPs of the encoder on global crops, and the heads' prototypes."""
         width = timm.create_model(f"{model}_patch{PATCH}_dinov2", depth=1).embed_dim
         tokens = GLOBAL_CROPS * batch * (1 + (GLOBAL_SIZE // PATCH) ** 2)
-        rows = (GLOBAL_CROPS + LOCAL_CROPS) * batch + int(self.inputs(batch).mask.sum())
-        return [(tokens, width, 4 * width), (tokens, 4 * width, width), (rows, HEADS.bottleneck, HEADS.prototypes)]
+        scores = (self.rows(batch), HEADS.bottleneck, HEADS.prototypes)
+        return [(tokens, width, 4 * width), (tokens, 4 * width, width), scores]
+
+    def rows(self, batch: int) -> int:
+        """Tokens that the student's head sees: class tokens and hidden ones."""
+        return (GLOBAL_CROPS + LOCAL_CROPS) * batch + int(self.masks(batch).sum())
+
+    def masks(self, batch: int) -> Tensor:
+        """Hidden tokens of the global crops, the same each time."""
+        side = GLOBAL_SIZE // PATCH
+        return block_masks(GLOBAL_CROPS * batch, (side, side), 1, 0.5, (0.1, 0.5), Random(0))

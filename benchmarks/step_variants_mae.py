@@ -70,6 +70,9 @@ class MAEVariant(Variant):
             pred = model(inputs, mask.keep).pred
         return mae_loss(pred.float(), inputs, mask.removed, decoder.channel_order, decoder.group_sizes)
 
+    def after_step(self, model: MaskedAutoencoder) -> None:
+        """Nothing."""
+
     def product_sizes(self, model: str, batch: int) -> list[tuple[int, int, int]]:
         """The MLPs of encoder and decoder."""
         width = timm.create_model(f"group_channel_{model}", depth=1).embed_dim

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from geoexplora.timm_hook import register_with_timm
 
 if TYPE_CHECKING:
-    from geoexplora.datamodules import FMoWSentinelDataModule, PhotographsDataModule
-    from geoexplora.datasets import FMoWSentinel, Photographs
+    from geoexplora.datamodules import FMoWRGBDataModule, FMoWSentinelDataModule, PhotographsDataModule
+    from geoexplora.datasets import FMoWRGB, FMoWSentinel, Photographs
     from geoexplora.explora import ExploraConfig, apply_explora, load_adapter, merge_lora, save_adapter
     from geoexplora.models import GroupChannelVisionTransformer, MaskedAutoencoder
     from geoexplora.tasks.exporting import export_encoder
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "geoexplora.datamodules": ("FMoWSentinelDataModule", "PhotographsDataModule"),
-    "geoexplora.datasets": ("FMoWSentinel", "Photographs"),
+    "geoexplora.datamodules": ("FMoWRGBDataModule", "FMoWSentinelDataModule", "PhotographsDataModule"),
+    "geoexplora.datasets": ("FMoWRGB", "FMoWSentinel", "Photographs"),
     "geoexplora.explora": ("ExploraConfig", "apply_explora", "load_adapter", "merge_lora", "save_adapter"),
     "geoexplora.models": ("GroupChannelVisionTransformer", "MaskedAutoencoder"),
     "geoexplora.tasks.exporting": ("export_encoder",),
@@ -37,6 +37,8 @@ _HOMES = {
 __all__ = [
     "EncoderSpec",
     "ExploraConfig",
+    "FMoWRGB",
+    "FMoWRGBDataModule",
     "FMoWSentinel",
     "FMoWSentinelDataModule",
     "GroupChannelVisionTransformer",

@@ -149,9 +149,13 @@ def _config_layer(command: Command, name: str) -> Layer:
 
 
 def _recipe_layer(command: Command, dataset: str, objective: str) -> Layer:
-    """The recipe that ``--dataset`` stands for, where the command has one for it, or for it with ``--objective``."""
+    """The recipe that ``--dataset`` stands for, where the command has one for it, or for it with ``--objective``.
+
+    All of TorchGeo's datasets, ``torchgeo:NAME``, share theirs.
+    """
     known = recipe_names() if command.configurable else []
-    names = (f"{command.name}/{dataset}-{objective}", f"{command.name}/{dataset}")
+    family = dataset.partition(":")[0]
+    names = (f"{command.name}/{family}-{objective}", f"{command.name}/{family}")
     return next((_config_layer(command, name) for name in names if name in known), Layer())
 
 

@@ -15,6 +15,8 @@ from geoexplora.cli.recipe_files import recipe_file, recipe_names
 from geoexplora.datasets.sample_rgb_tree import write_fmow_rgb_tree
 from geoexplora.runs.metrics import read_metrics
 
+from ..datasets.torchgeo_trees import write_resisc45
+
 RECIPES = [name for name in recipe_names() if name.startswith("pretrain/")]
 
 SMALL = (
@@ -28,7 +30,8 @@ SMALL_DECODER = ("--decoder-width", "32", "--decoder-depth", "1", "--decoder-hea
 @pytest.fixture(scope="module")
 def roots(fmow_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     rgb = write_fmow_rgb_tree(tmp_path_factory.mktemp("rgb") / "data", limit=1)
-    return {"fmow-sentinel": fmow_tree, "fmow-rgb": rgb, "photographs": rgb}
+    torchgeo = write_resisc45(tmp_path_factory.mktemp("torchgeo"))
+    return {"fmow-sentinel": fmow_tree, "fmow-rgb": rgb, "photographs": rgb, "torchgeo:RESISC45": torchgeo}
 
 
 def settings(geoexplora: Callable[..., Any], name: str) -> dict[str, Any]:
@@ -48,7 +51,7 @@ def test_one_step(geoexplora: Callable[..., Any], roots: dict[str, Path], tmp_pa
     assert got.status == 0, got.err
     assert [row["step"] for row in read_metrics(run / "metrics.csv")] == [1]
     with safe_open(run / "encoder.safetensors", "pt") as file:
-        assert json.loads(file.metadata()["bands"]) == recipe["bands"]
+        assert json.loads(file.metadata()["bands"]) == (recipe["bands"] or ["R", "G", "B"])
     parts = {part["part"]: part for part in json.loads((run / "run.json").read_text())["parameters"]}
     assert ("LoRA" in parts) == (recipe["mode"] == "explora" and recipe["rank"] > 0)
     whole = recipe["mode"] != "explora" or bool(recipe["whole_blocks"])
