@@ -23,6 +23,9 @@ from geoexplora.transforms.normalization import Normalization
 
 Batch = dict[str, Tensor]
 
+_HELD = ("index", "size", "unreadable")
+"""What of a batch stays on the CPU."""
+
 
 def _unchanged(batch: Any) -> Any:
     return batch
@@ -199,6 +202,13 @@ class TilesDataModule(NonGeoDataModule):
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
         }
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Move images and labels; numbers and sizes of samples are read on the CPU, without waiting for the device."""
+        held = {name: batch[name] for name in _HELD if name in batch}
+        rest = {name: value for name, value in batch.items() if name not in held}
+        moved: Batch = super().transfer_batch_to_device(rest, device, dataloader_idx)
+        return moved | held
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Take note of unreadable tiles, here in the main process."""

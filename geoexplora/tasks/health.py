@@ -113,7 +113,7 @@ class FinitenessGuard:
         for loss, finite, index in batches:
             if math.isfinite(float(loss)):
                 continue
-            bad = ~finite
+            bad = ~finite.cpu()
             which = index[bad] if index is not None and bool(bad.any()) else index
             text = f"the loss is {float(loss)}"
             if which is None:
