@@ -2,8 +2,9 @@
 
 Bytes do not depend on the device where shapes, types and kernels' saved tensors are the same. So the model is built
 without the package's paths for CPUs (attention in bf16, frozen weights cast by autocast at each call, as on a GPU), and
-two small batches are run. All but what is held grows with the batch; a line through the two gives the batch asked for
-(hidden tokens grow by jumps: their number on the line and the one that is drawn stand beside it). Not counted: what a kernel takes inside, the allocator's gaps, CUDA's own context (about 0.5 GiB).
+two small batches are run. All but what is held grows with the batch; a line through the two gives the batch asked for.
+Hidden tokens grow by jumps: the JSON has their number on the line (``at_batch``) beside that of the batch itself
+(``drawn_at_batch``). Not counted: what a kernel takes inside, the allocator's gaps, CUDA's own context (about 0.5 GiB).
 """
 
 from __future__ import annotations

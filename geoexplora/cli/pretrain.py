@@ -6,15 +6,13 @@ from dataclasses import dataclass
 
 from geoexplora.cli.checks import PRETRAIN_CHECKS
 from geoexplora.cli.command import Command
+from geoexplora.cli.objective_options import DINOv2Options, MAEOptions, ObjectiveOptions
 from geoexplora.cli.options import (
     DataOptions,
-    DINOv2Options,
     ExploraOptions,
     FMoWRGBOptions,
     InputOptions,
-    MAEOptions,
     ModelOptions,
-    ObjectiveOptions,
     OptimizationOptions,
     RunOptions,
     ScalingOptions,

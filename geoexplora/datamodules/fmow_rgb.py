@@ -13,7 +13,6 @@ from geoexplora.datasets.fmow_rgb import FMoWRGB, check_choices
 from geoexplora.datasets.fmow_rgb_boxes import Crop
 from geoexplora.datasets.fmow_rgb_list import find_lists
 from geoexplora.datasets.fmow_rgb_tree import SPLITS, Variant, find_base, has_tree, split_name
-from geoexplora.datasets.statistics import band_statistics
 from geoexplora.datasets.tiles import TileSource
 from geoexplora.errors import ConfigError
 from geoexplora.transforms.crop import EVALUATION_RATIO, TrainCrop
@@ -94,8 +93,7 @@ class FMoWRGBDataModule(TilesDataModule):
         self.missing: Literal["error", "skip"] = missing
         self.max_unreadable = max_unreadable
         if statistics == "dataset" and isinstance(normalization, str):
-            found = band_statistics(self.source("train"), self.bands)
-            self.normalization = Normalization.from_statistics(normalization, found)
+            self.normalize_by_dataset()
 
     @property
     def least_side(self) -> int:

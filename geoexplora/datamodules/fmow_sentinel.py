@@ -10,7 +10,6 @@ from geoexplora.bands import FMOW_SENTINEL_BANDS, FMOW_SENTINEL_STATISTICS, SENT
 from geoexplora.datamodules.tiles import TilesDataModule
 from geoexplora.datasets.fmow_index import SPLITS, find_layout, split_name
 from geoexplora.datasets.fmow_sentinel import FMoWSentinel
-from geoexplora.datasets.statistics import band_statistics
 from geoexplora.datasets.tiles import TileSource
 from geoexplora.errors import ConfigError
 from geoexplora.transforms.normalization import Normalization
@@ -79,8 +78,7 @@ class FMoWSentinelDataModule(TilesDataModule):
         self.missing: Literal["error", "skip"] = missing
         self.max_unreadable = max_unreadable
         if statistics == "dataset" and isinstance(normalization, str):
-            found = band_statistics(self.source("train"), self.bands)
-            self.normalization = Normalization.from_statistics(normalization, found)
+            self.normalize_by_dataset()
 
     def has_split(self, split: str) -> bool:
         """Whether there is a csv file for the split ``train``, ``val`` or ``test_gt`` (``test``).

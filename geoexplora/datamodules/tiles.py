@@ -16,6 +16,7 @@ from geoexplora.bands import Sensor, Statistics
 from geoexplora.datamodules.sampling import EpochBatchSampler, StepBatchSampler
 from geoexplora.datamodules.views import EvaluationView, TrainView
 from geoexplora.datasets.plot import plot_tile
+from geoexplora.datasets.statistics import band_statistics
 from geoexplora.datasets.tiles import TileSource
 from geoexplora.errors import ConfigError
 from geoexplora.transforms.crop import EvaluationCrop, TrainCrop, WholeTile
@@ -142,6 +143,15 @@ class TilesDataModule(NonGeoDataModule):
             self._sources[split] = source
             self.classes = getattr(source, "classes", ())
         return self._sources[split]
+
+    def normalize_by_dataset(self) -> None:
+        """Normalize by the statistics of the training tiles at hand, instead of published ones.
+
+        Raises:
+            DataError: if there are none, or a band holds one value only.
+        """
+        found = band_statistics(self.source("train"), self.bands)
+        self.normalization = Normalization.from_statistics(self.normalization.method, found)
 
     def setup(self, stage: str) -> None:
         """Open what a stage needs: ``fit``, ``validate`` or ``test``.

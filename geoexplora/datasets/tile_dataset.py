@@ -17,7 +17,7 @@ from torchgeo.datasets import NonGeoDataset
 from geoexplora.bands import Sensor
 from geoexplora.datasets.fmow_index import OFFICIAL_CLASSES
 from geoexplora.datasets.plot import plot_tile
-from geoexplora.datasets.tiles import Tile, UnreadableTiles, UnusableTileError, too_many
+from geoexplora.datasets.tiles import Tile, UnreadableTiles
 
 Sample = dict[str, Any]
 
@@ -71,16 +71,8 @@ class TileDataset(NonGeoDataset, ABC):
             IndexError: if there is no such tile.
         """
         wanted = range(len(self))[index]
-        bad: list[str] = []
-        while len(bad) <= self.unreadable.limit and len(bad) < len(self):
-            at = (wanted + len(bad)) % len(self)
-            try:
-                image = self.load(at)
-            except UnusableTileError as error:
-                bad.append(f"{self.path(at)} ({error})")
-                continue
-            return Tile(image, int(self.labels[at]), wanted if bad else -1)
-        raise too_many(bad, len(self), self.unreadable.share)
+        at, image = self.unreadable.first_readable(wanted, self.load, self.path)
+        return Tile(image, int(self.labels[at]), -1 if at == wanted else wanted)
 
     def note_unreadable(self, index: int) -> None:
         """Count an unreadable tile, and name it with the reason.
@@ -91,14 +83,7 @@ class TileDataset(NonGeoDataset, ABC):
         Raises:
             DataError: if more distinct tiles than bearable were unreadable.
         """
-        if index in self.unreadable.seen:
-            return
-        reason = "it could not be read at first"
-        try:
-            self.load(index)
-        except UnusableTileError as error:
-            reason = str(error)
-        self.unreadable.add(index, self.path(index), reason)
+        self.unreadable.look_again(index, self.load, self.path(index))
 
     def __getitem__(self, index: int) -> Sample:
         """A sample with ``image``, ``label`` and ``unreadable``.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +20,7 @@ from geoexplora.errors import DataError
 logger = logging.getLogger(__name__)
 
 Array = NDArray[Any]
+Load = Callable[[int], Array]
 
 # Tags of a TIFF file, and the types they come in.
 _WIDTH, _HEIGHT, _SAMPLES, _PLANAR, _NODATA = 256, 257, 277, 284, 42113
@@ -186,6 +187,49 @@ class UnreadableTiles:
     def limit(self) -> int:
         """The largest bearable number."""
         return max(1, int(self.share * self.total))
+
+    def first_readable(self, wanted: int, load: Load, path: Callable[[int], Path]) -> tuple[int, Array]:
+        """The first tile from the wanted one on that can be read.
+
+        Args:
+            wanted: index of the tile that was asked for.
+            load: reads the tile of an index, or raises ``UnusableTileError``.
+            path: names its file.
+
+        Returns:
+            Its index and image.
+
+        Raises:
+            DataError: if more tiles in a row than bearable cannot be read.
+        """
+        bad: list[str] = []
+        while len(bad) <= self.limit and len(bad) < self.total:
+            at = (wanted + len(bad)) % self.total
+            try:
+                return at, load(at)
+            except UnusableTileError as error:
+                bad.append(f"{path(at)} ({error})")
+        raise too_many(bad, self.total, self.share)
+
+    def look_again(self, index: int, load: Load, path: Path) -> None:
+        """Note one whose reason is not known here: only its index comes from a worker.
+
+        Args:
+            index: of the tile.
+            load: as for ``first_readable``; called once for each tile.
+            path: its file.
+
+        Raises:
+            DataError: if there are more distinct ones than bearable.
+        """
+        if index in self.seen:
+            return
+        reason = "it could not be read at first"
+        try:
+            load(index)
+        except UnusableTileError as error:
+            reason = str(error)
+        self.add(index, path, reason)
 
     def add(self, index: int, path: Path, reason: str) -> None:
         """Note one; warns the first time.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 from torchgeo.datasets import NonGeoDataset
 
 from geoexplora.bands import RGB, SENSORS, Sensor
-from geoexplora.datasets.tiles import Array, Tile, UnreadableTiles, UnusableTileError, too_many
+from geoexplora.datasets.tiles import Array, Tile, UnreadableTiles, UnusableTileError
 from geoexplora.datasets.torchgeo_opening import FACTS
 from geoexplora.errors import ConfigError, DataError
 
@@ -61,7 +61,7 @@ class TorchGeoTiles:
         self.unreadable = UnreadableTiles(len(dataset), max_unreadable)
         facts = FACTS.get(self.name)
         self._scale = facts.scale if facts else 1.0
-        _, image = self._readable(0, self._load)
+        _, image = self.unreadable.first_readable(0, self._load, self.path)
         self._channels = len(image)
         self.sensor, channels = name_channels(dataset, self._channels, sensor or (facts.sensor if facts else None))
         there = [band for band in self.sensor.band_names if band in channels]
@@ -104,7 +104,7 @@ class TorchGeoTiles:
             IndexError: if there is no such tile.
         """
         wanted = range(len(self))[index]
-        at, image = self._readable(wanted, self._image)
+        at, image = self.unreadable.first_readable(wanted, self._image, self.path)
         return Tile(image, int(self.labels[at]) if self.classes else None, wanted if at != wanted else -1)
 
     def note_unreadable(self, index: int) -> None:
@@ -113,25 +113,7 @@ class TorchGeoTiles:
         Raises:
             DataError: if more distinct tiles than bearable were unreadable.
         """
-        if index in self.unreadable.seen:
-            return
-        reason = "it could not be read at first"
-        try:
-            self._image(index)
-        except UnusableTileError as error:
-            reason = str(error)
-        self.unreadable.add(index, self.path(index), reason)
-
-    def _readable(self, wanted: int, load: Callable[[int], Array]) -> tuple[int, Array]:
-        """Index and image of the first tile from the wanted one on that can be loaded."""
-        bad: list[str] = []
-        while len(bad) <= self.unreadable.limit and len(bad) < len(self):
-            at = (wanted + len(bad)) % len(self)
-            try:
-                return at, load(at)
-            except UnusableTileError as error:
-                bad.append(f"{self.path(at)} ({error})")
-        raise too_many(bad, len(self), self.unreadable.share)
+        self.unreadable.look_again(index, self._image, self.path(index))
 
     def _image(self, index: int) -> Array:
         """The wanted bands of a tile, in the sensor's units."""

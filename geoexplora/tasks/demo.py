@@ -19,6 +19,7 @@ from geoexplora.datamodules.fmow_sentinel import FMoWSentinelDataModule
 from geoexplora.datasets.sample import read_scene
 from geoexplora.datasets.sample_tree import write_fmow_tree
 from geoexplora.runs.pictures import plot_reconstruction
+from geoexplora.tasks.building import build_task
 from geoexplora.tasks.classifiers import (
     Floats,
     Folds,
@@ -31,7 +32,7 @@ from geoexplora.tasks.classifiers import (
 )
 from geoexplora.tasks.exports import reconstruct
 from geoexplora.tasks.features import extract_features
-from geoexplora.tasks.pretraining import build_task, open_data
+from geoexplora.tasks.pretraining import open_data
 from geoexplora.tasks.schedule import Schedule
 from geoexplora.transforms.normalization import Normalization
 from geoexplora.weights.load import load_encoder
