@@ -68,16 +68,24 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _OneDNNLinear.apply(x, weight, bias)
 
 
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 class FastLinear(nn.Linear):
-    """``torch.nn.Linear`` for training on CPUs: fp32 by oneDNN, frozen weights cast to bf16 once, not at each step."""
+    """``torch.nn.Linear`` for training: fp32 by oneDNN on CPUs, frozen weights cast to bf16 once, not at each pass.
+
+    torch's autocast keeps casts of weights that need gradients only; of a frozen one every pass of a step would make
+    and save its own.
+    """
 
     _kept: tuple[tuple[int, int, torch.dtype], Tensor] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., I) to (..., O)."""
         weight, bias = self.weight, self.bias
-        if self.training and x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and not weight.requires_grad:
-            weight = self._cast(weight, torch.get_autocast_dtype("cpu"))
+        if self.training and not weight.requires_grad and _autocasts(x.device.type):
+            weight = self._cast(weight, torch.get_autocast_dtype(x.device.type))
         return linear(x, weight, bias)
 
     def train(self, mode: bool = True) -> FastLinear:
