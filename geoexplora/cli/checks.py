@@ -149,8 +149,8 @@ def start(options: Any) -> Iterator[Finding]:
     if options.init is None:
         yield Finding(
             ("init",),
-            f"--mode {options.mode} without --init adapts random weights. Name source weights by --init for ExPLoRA"
-            " as published.",
+            f"--mode {options.mode} without --init starts from random weights. Name source weights by --init"
+            + (" for ExPLoRA as published." if options.mode == "explora" else ", or take --mode scratch."),
             "warning",
         )
     elif not options.resume:  # a checkpoint holds all weights

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from geoexplora.cli.command import Check, Finding
+from geoexplora.errors import ConfigError
+from geoexplora.registry import find_dataset
+
+SMALLEST_BLURRED = 5
+"""Pixels a side that a blur of 9 px needs: it reflects 4 at each border."""
 
 
 def decoder(options: Any) -> Iterator[Finding]:
@@ -74,8 +80,26 @@ def crops(options: Any) -> Iterator[Finding]:
         if not 0 < low <= high <= 1:
             text = f"--{name.replace('_', '-')} {low:g},{high:g}: expected two shares of the area, rising, above 0 and"
             yield Finding((name,), f"{text} up to 1.")
+    small = min([options.image_size, *([size] if options.local_crops > 0 else [])])
+    if options.augmentation != "none" and 0 < small < SMALLEST_BLURRED:
+        text = f"crops of {small} px are too small to be blurred. Use {SMALLEST_BLURRED} px or more, or"
+        yield Finding(("local_size", "image_size"), f"{text} --augmentation none.")
+    if options.local_crops > 0 and size > options.image_size:
+        text = f"local crops of {size} px are larger than global ones of {options.image_size} px."
+        yield Finding(("local_size", "image_size"), text, "warning")
     if options.load_size is not None and options.load_size < 1:
         yield Finding(("load_size",), f"--load-size {options.load_size} must be at least 1 pixel.")
+
+
+def augmentation(options: Any) -> Iterator[Finding]:
+    """Colours are changed where there are colours."""
+    if options.objective != "dinov2" or options.augmentation != "colour" or options.dataset is None:
+        return
+    with suppress(ConfigError):  # reported elsewhere
+        sensor = find_dataset(options.dataset).sensor
+        if sensor not in {None, "rgb"}:
+            text = f"--augmentation colour needs red, green and blue; {options.dataset} is {sensor}. Use auto or bands."
+            yield Finding(("augmentation", "dataset"), text)
 
 
 def hidden_tokens(options: Any) -> Iterator[Finding]:
@@ -129,7 +153,11 @@ def teacher(options: Any) -> Iterator[Finding]:
 OBJECTIVE_CHECKS: dict[Check, tuple[str, ...]] = {
     decoder: ("objective", "decoder_width", "decoder_depth", "decoder_heads", "groups"),
     mask: ("objective", "mask_ratio", "image_size", "patch_size", "groups", "mask"),
-    crops: ("objective", "patch_size", "local_size", "local_crops", "global_scale", "local_scale", "load_size"),
+    crops: (
+        "objective", "image_size", "patch_size", "local_size", "local_crops", "global_scale", "local_scale",
+        "load_size", "augmentation",
+    ),
+    augmentation: ("objective", "augmentation", "dataset"),
     hidden_tokens: (
         "objective", "mask_probability", "mask_range", "ibot_weight", "batch_size", "image_size", "patch_size",
         "groups",

@@ -134,7 +134,7 @@ class ExploraOptions(Options):
         rank: rank of LoRA on Q and V of all other blocks (0: no LoRA).
         alpha: LoRA's scale is alpha / rank (none: alpha = rank).
         decoder_rank: rank of LoRA in the decoder of a masked autoencoder (0: no LoRA there).
-        drop_path: largest rate of stochastic depth, rising with depth.
+        drop_path: rate of stochastic depth, the same in every block.
     """
 
     mode: Literal["explora", "full", "scratch"] = "explora"

@@ -108,12 +108,17 @@ class FMoWRGB(TileDataset):
 
         lists = find_lists(self.root, self._base)
         entries = {split: read_list(path) for split, path in lists.items()}
-        if self.split in lists:
-            self._origin = lists[self.split]
-            samples = index_list(self._origin, entries[self.split], self._base, crop, variant)
-        else:
-            self._origin = self._base / self.split
-            samples = index_tree(find_tree(self._base, self.split), variant)
+        listed = self.split in lists
+        self._origin = lists[self.split] if listed else self._base / self.split
+
+        def index(fresh: bool) -> Samples:
+            if listed:
+                return index_list(self._origin, entries[self.split], self._base, crop, variant, fresh)
+            return index_tree(find_tree(self._base, self.split), variant, fresh)
+
+        samples = index(fresh=False)
+        if len(samples.problems) and missing == "error":  # files may have been corrected since they were indexed
+            samples = index(fresh=True)
         named = {label for listed in entries.values() for label in listed.labels}
         self.classes = self._classes(named | category_folders(self._base), samples)
         if false_detection:

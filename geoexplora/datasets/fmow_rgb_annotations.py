@@ -132,7 +132,7 @@ def read_annotation(path: Path) -> Annotation:
         content = json.loads(path.read_bytes())
     except OSError as error:
         return Annotation(problems=[error.strerror or str(error)])
-    except ValueError:  # also of bytes that are no text
+    except (ValueError, RecursionError):  # also of bytes that are no text, and of too many brackets
         return Annotation(problems=["it is no JSON"])
     found = content.get("bounding_boxes") if isinstance(content, dict) else None
     # Where there is one box only, some files hold it without the list.
@@ -171,7 +171,7 @@ def _add_box(annotation: Annotation, entry: Any, size: tuple[Any, Any]) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in {int, float} and abs(value) < 2**31  # also false of NaN
+    return type(value) in {int, float} and abs(value) < 2**30  # also false of NaN
 
 
 def parse_time(text: Any) -> datetime | None:

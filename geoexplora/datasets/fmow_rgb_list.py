@@ -128,7 +128,7 @@ def candidates(path: str, variant: Variant) -> list[str]:
     return list(dict.fromkeys([name, *("/".join(parts[start:]) for start in starts)]))
 
 
-def index_list(path: Path, entries: Entries, base: Path, crop: Crop, variant: Variant) -> Samples:
+def index_list(path: Path, entries: Entries, base: Path, crop: Crop, variant: Variant, fresh: bool = False) -> Samples:
     """The images of a list, in its order.
 
     With ``full`` the images are taken whole. Otherwise the JSON file beside an image tells its box: the first of the
@@ -141,6 +141,7 @@ def index_list(path: Path, entries: Entries, base: Path, crop: Crop, variant: Va
         base: the folder that holds the splits.
         crop: what of an image is wanted.
         variant: which images; paths to ``_rgb`` images stand for ``_msrgb`` images as well.
+        fresh: read all JSON files in any case.
     """
     where, folders = _locate(entries.paths, base, variant)
 
@@ -157,7 +158,7 @@ def index_list(path: Path, entries: Entries, base: Path, crop: Crop, variant: Va
     times = [(folder, (base / folder).stat().st_mtime_ns) for folder in folders]
     state = signature([path.stat().st_mtime_ns, path.stat().st_size, str(path), *times])
     file = base / f".{path.stem}-{variant}.index.npz"
-    return Samples(**cached(file, state, lambda: vars(build())))
+    return Samples(**cached(file, state, lambda: vars(build()), fresh))
 
 
 def _locate(paths: Sequence[str], base: Path, variant: Variant) -> tuple[list[str | None], list[str]]:

@@ -136,15 +136,20 @@ def _read_mapping(path: Path, split: str) -> tuple[tuple[str, str], ...]:
     return tuple(sorted(pairs))
 
 
-def index_tree(tree: Tree, variant: Variant) -> Samples:
+def index_tree(tree: Tree, variant: Variant, fresh: bool = False) -> Samples:
     """All bounding boxes of a split, by category, location and image.
 
     The first time, all JSON files are read; what they say is kept in ``.<split>-<variant>.index.npz`` in ``base``, if
     that can be written. It is made anew when files or folders are added, removed or renamed, but not when a JSON file
     is overwritten in place: then remove it by hand.
+
+    Args:
+        tree: the split.
+        variant: ``rgb`` or ``msrgb``.
+        fresh: read all JSON files in any case.
     """
     file = tree.base / f".{tree.split}-{variant}.index.npz"
-    return Samples(**cached(file, tree.state, lambda: vars(gather(_read_folders(tree, variant)))))
+    return Samples(**cached(file, tree.state, lambda: vars(gather(_read_folders(tree, variant))), fresh))
 
 
 def _read_folders(tree: Tree, variant: Variant) -> Iterator[Found]:

@@ -52,7 +52,7 @@ def signature(parts: Iterable[object]) -> str:
     return digest.hexdigest()
 
 
-def cached(file: Path, state: str, build: Callable[[], Arrays]) -> Arrays:
+def cached(file: Path, state: str, build: Callable[[], Arrays], fresh: bool = False) -> Arrays:
     """The arrays in a file, built and written anew unless it was written for the same state.
 
     Where the file cannot be written, as in a read-only folder, they are built at each call.
@@ -61,8 +61,9 @@ def cached(file: Path, state: str, build: Callable[[], Arrays]) -> Arrays:
         file: an npz file.
         state: of what the arrays are built from; see ``signature``.
         build: builds the arrays; none of them of Python objects.
+        fresh: build anew in any case.
     """
-    kept = _read(file, state)
+    kept = None if fresh else _read(file, state)
     if kept is not None:
         return kept
     logger.info("reading all annotations, which takes a while the first time, to keep them in %s", file)

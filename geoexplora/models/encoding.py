@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
+from timm.layers import DropPath
 from torch import Tensor
 
 
@@ -47,3 +49,9 @@ def transform(encoder: Any, tokens: Tensor) -> Tensor:
     else:
         tokens = encoder.blocks(tokens)
     return encoder.norm(tokens)
+
+
+def set_drop_path(encoder: Any, rate: float) -> None:
+    """Give every block the same rate of stochastic depth, as DINOv2 does; timm's own rises with depth. In place."""
+    for block in encoder.blocks:
+        block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)

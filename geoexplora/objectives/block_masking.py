@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 LEAST = 4
-"""Tokens that a block covers at least, before its sides are rounded."""
+"""Tokens that a block covers at least, before its sides are rounded; fewer where fewer are left to hide."""
 
 ASPECT = (0.3, 1 / 0.3)
 """Smallest and largest ratio of a block's height to its width."""
@@ -70,7 +70,7 @@ def fill_with_blocks(mask: NDArray[np.bool_], count: int, random: Random) -> Non
     left = count
     while left > 0:
         for _ in range(ATTEMPTS):
-            area = random.uniform(LEAST, max(LEAST, left))
+            area = random.uniform(min(LEAST, left), min(left, height * width))
             aspect = math.exp(random.uniform(math.log(ASPECT[0]), math.log(ASPECT[1])))
             rows, columns = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if not (0 < rows <= height and 0 < columns <= width):

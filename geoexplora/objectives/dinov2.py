@@ -21,6 +21,7 @@ from geoexplora.objectives.distillation import (
     ibot_loss,
     koleo_loss,
     sinkhorn_targets,
+    sum_of_rows,
     target_health,
     token_weights,
     update_center,
@@ -171,6 +172,10 @@ class DINOv2(nn.Module):
         self.teacher = averaged_twin(self.student)
         self.register_buffer("dino_center", torch.zeros(sizes.prototypes))
         self.register_buffer("ibot_center", torch.zeros(sizes.prototypes))
+        self._seen: list[Any] = [
+            0.0,
+            0.0,
+        ]  # no buffers: distributed training would overwrite them by the first process's
 
     def train(self, mode: bool = True) -> DINOv2:
         """Switch the student; the teacher always evaluates, without stochastic depth."""
@@ -185,11 +190,20 @@ class DINOv2(nn.Module):
         return taken
 
     def update_teacher(self, momentum: float) -> None:
-        """Average the student into the teacher, after an optimizer step."""
+        """Average the student into the teacher, and move the centers, after an optimizer step."""
         update_twin(self.teacher, self.student, momentum)
+        self.update_centers()
+
+    def update_centers(self) -> None:
+        """Move the centers to the teacher's scores of all batches since the last time."""
+        centers: list[Any] = [self.dino_center, self.ibot_center]
+        for center, seen in zip(centers, self._seen, strict=True):
+            if isinstance(seen, Tensor):
+                update_center(center, seen)
+        self._seen = [0.0, 0.0]
 
     def forward(self, global_crops: Tensor, local_crops: Tensor, mask: Tensor, temperature: float) -> DINOv2Output:
-        """Losses of a batch; moves the centers.
+        """Losses of a batch.
 
         Args:
             global_crops: (T * B, C, S, S).
@@ -231,8 +245,7 @@ class DINOv2(nn.Module):
             dino, ibot = (
                 centered_targets(part, center, temperature) for part, center in zip(scores, centers, strict=True)
             )
-            for part, center in zip(scores, centers, strict=True):
-                update_center(center, part)
+            self._seen = [seen + sum_of_rows(part) for seen, part in zip(self._seen, scores, strict=True)]
         return dino, ibot, class_tokens.float()
 
     def _encode(self, global_crops: Tensor, local_crops: Tensor, mask: Tensor) -> list[Tensor]:

@@ -39,15 +39,21 @@ def centered_targets(logits: Tensor, center: Tensor, temperature: float) -> Tens
 
 
 @torch.no_grad()
-def update_center(center: Tensor, logits: Tensor, momentum: float = 0.9) -> None:
+def sum_of_rows(logits: Tensor) -> Tensor:
+    """What a center needs of a batch of scores (R, K): their sum, and R behind it, (K + 1,)."""
+    return torch.cat([logits.float().sum(0), logits.new_tensor([len(logits)], dtype=torch.float)])
+
+
+@torch.no_grad()
+def update_center(center: Tensor, total: Tensor, momentum: float = 0.9) -> None:
     """Move the center to the mean of the teacher's scores of all processes (DINO, equation 4), in place.
 
     Args:
         center: (K,).
-        logits: (R, K); without rows in any process the center stays.
+        total: ``sum_of_rows`` of the scores, or the sum of several; without rows in any process the center stays.
         momentum: of the moving average.
     """
-    total = _sum_over_processes(torch.cat([logits.float().sum(0), logits.new_tensor([len(logits)], dtype=torch.float)]))
+    total = _sum_over_processes(total.clone())
     count = total[-1]
     mean = total[:-1] / count.clamp_min(1)
     center.lerp_(torch.where(count > 0, mean, center), 1 - momentum)
@@ -91,7 +97,8 @@ def dino_loss(student: Tensor, targets: Tensor) -> Tensor:
     """
     # With t summing to 1, -t.log_softmax(s) = logsumexp(s) - t.s: no matrix of log-probabilities is needed.
     scores = student.float() / STUDENT_TEMPERATURE
-    overlap = torch.einsum("tbk,vbk->tv", targets, scores)
+    with torch.autocast(scores.device.type, enabled=False):  # which would take the product in bf16
+        overlap = torch.einsum("tbk,vbk->tv", targets, scores)
     entropy = scores.logsumexp(-1).sum(1) - overlap  # T V, summed over B
     same = torch.eye(*entropy.shape, dtype=torch.bool, device=entropy.device)
     pairs = same.numel() - len(targets)

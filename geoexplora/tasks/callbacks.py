@@ -255,5 +255,5 @@ class KNNProbe(Callback):
         kept = torch.randperm(len(dataset), generator=generator(self.datamodule.seed))[:most].tolist()
         loader = DataLoader(Subset(dataset, kept), self.datamodule.batch_size, num_workers=self.datamodule.num_workers)
         check = partial(self.datamodule.check_unreadable, split=split)
-        found = extract_features(task.encoder, loader, "mean", task.device, precision, check)
+        found = extract_features(task.encoder, loader, task.pool, task.device, precision, check)
         return torch.from_numpy(found.features), torch.from_numpy(found.labels)

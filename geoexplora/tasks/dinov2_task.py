@@ -21,6 +21,7 @@ from geoexplora.tasks.pretrain_task import PretrainTask
 from geoexplora.transforms.multi_crop import MultiCrop
 from geoexplora.transforms.normalization import Normalization
 from geoexplora.transforms.photometric import photometric
+from geoexplora.weights.files import read_heads
 from geoexplora.weights.source_weights import SourceWeights
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class ExPLoRADINOv2(PretrainTask):
     """
 
     betas = (0.9, 0.999)
+    pool = "cls"
 
     def __init__(
         self,
@@ -123,7 +125,7 @@ class ExPLoRADINOv2(PretrainTask):
             h["prototypes"], h["head_layers"], h["head_hidden"], h["head_bottleneck"], h["separate_heads"]
         )
         model = DINOv2(encoder, sizes, h["centering"], h["ibot_weight"], h["koleo_weight"])
-        kept = {} if source is None else source.distillation
+        kept = {} if source is None else read_heads(source)
         if kept and not model.start_heads(kept) and set(kept) != {"mask_token"}:
             log.warning(
                 "the source's projection heads have other sizes: they start from random weights. Set --prototypes, "
@@ -167,7 +169,7 @@ class ExPLoRADINOv2(PretrainTask):
         return {"loss": output.loss, "value": output.loss.detach(), "parts": parts, "features": output.features}
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """A step of the student, then of the teacher after it."""
+        """A step of the student, then of teacher and centers after it."""
         step = self.trainer.global_step
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self.model.update_teacher(self.momentum(step))

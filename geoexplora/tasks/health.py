@@ -21,13 +21,15 @@ FALL = 0.3
 UNIFORM = 0.99
 """A teacher whose entropy is above this share of the largest possible says nothing."""
 
-SAME = 1e-3
-"""Nats of information that a teacher must carry about which image it sees."""
+SAME = 0.005
+"""Share of the largest possible entropy that a teacher must tell of which image it sees."""
 
-SETTLED = 20
-"""Logged rows before the teacher is judged: heads start at random, and say little at first."""
+SETTLED = 200
+"""Optimizer steps before the teacher is judged: heads start at random, and say little at first."""
 
-_REMEDY = "Lower --lr, train fewer whole blocks, or start from the last good checkpoint's weights (--init RUN)"
+_REMEDY = (
+    "start again from the source with a lower --lr, fewer whole blocks, or with dinov2 a longer --freeze-last-epochs"
+)
 
 
 class HealthWatch:
@@ -41,7 +43,6 @@ class HealthWatch:
     def __init__(self, prototypes: int | None = None, first: Mapping[str, Any] | None = None) -> None:
         self.prototypes = prototypes
         self.first = first
-        self.rows = 0
         self._said: set[str] = set()
 
     def __call__(self, row: Mapping[str, Any]) -> list[str]:
@@ -54,7 +55,6 @@ class HealthWatch:
         Returns:
             What is new, logged as warnings.
         """
-        self.rows += 1
         if self.first is None:
             self.first = row
         found = dict(self._features(row)) | dict(self._teacher(row))
@@ -74,22 +74,20 @@ class HealthWatch:
         return found
 
     def _teacher(self, row: Mapping[str, Any]) -> list[tuple[str, str]]:
-        if self.prototypes is None or self.rows <= SETTLED or "teacher_entropy" not in row:
+        if self.prototypes is None or row["step"] <= SETTLED or "teacher_entropy" not in row:
             return []
         entropy, mean_entropy = float(row["teacher_entropy"]), float(row["teacher_mean_entropy"])
-        if entropy > UNIFORM * math.log(self.prototypes):
-            return [(
-                "uniform",
-                f"the teacher's outputs are almost uniform (entropy {entropy:.3g} of {math.log(self.prototypes):.3g}): "
-                "lower --teacher-temperature, lengthen --freeze-last-epochs, or try --centering sinkhorn.",
-            )]  # fmt: skip
-        if mean_entropy - entropy < SAME:
-            return [(
-                "same",
-                "the teacher says the same of every image: raise --koleo-weight, try --centering sinkhorn, or lower "
-                "--lr.",
-            )]  # fmt: skip
-        return []
+        largest, found = math.log(self.prototypes), []
+        if entropy > UNIFORM * largest:
+            text = (
+                f"the teacher's outputs are almost uniform (entropy {entropy:.3g} of {largest:.3g}): "
+                "lower --teacher-temperature, lengthen --freeze-last-epochs, or try --centering sinkhorn."
+            )
+            found.append(("uniform", text))
+        if mean_entropy - entropy < SAME * largest:
+            text = "the teacher says the same of every image: raise --koleo-weight, try --centering sinkhorn, or lower"
+            found.append(("same", f"{text} --lr."))
+        return found
 
 
 class FinitenessGuard:

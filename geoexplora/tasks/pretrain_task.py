@@ -17,8 +17,10 @@ from torchgeo.tasks import BaseTask
 from geoexplora.datamodules.sampling import generator
 from geoexplora.explora import ExploraConfig, PartCount, apply_explora, parameter_table, resolve_blocks
 from geoexplora.models.attention import use_fast_attention
+from geoexplora.models.encoding import set_drop_path
 from geoexplora.models.initialization import initialize_plain_encoder
 from geoexplora.models.linear import use_fast_linears
+from geoexplora.tasks.features import Pool
 from geoexplora.tasks.optimization import cosine, parameter_groups, warmup_cosine
 from geoexplora.tasks.sources import architecture, load_source, of_architecture
 from geoexplora.weights.contract import Allowed
@@ -62,7 +64,7 @@ class PretrainTask(BaseTask):
         whole_blocks: 1-based numbers of the blocks that ExPLoRA trains whole, ``L`` for the last.
         rank: LoRA rank r.
         alpha: LoRA alpha; ``None`` means r.
-        drop_path: largest rate of stochastic depth, rising with depth.
+        drop_path: rate of stochastic depth, the same in every block.
         lr: peak learning rate of LoRA, new embeddings and heads.
         whole_blocks_lr_scale: relative learning rate of whole blocks and norms in mode ``explora``.
         layer_decay: see ``parameter_groups``.
@@ -85,6 +87,8 @@ class PretrainTask(BaseTask):
     ignore = ("source_state",)
     monitor = "loss"
     betas = (0.9, 0.95)
+    pool: Pool = "mean"
+    """Features that the kNN probe looks at."""
 
     def __init__(
         self,
@@ -169,7 +173,7 @@ class PretrainTask(BaseTask):
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(h["seed"])
-            encoder: Any = build_encoder(self.spec, dynamic_img_size=True, drop_path_rate=h["drop_path"])
+            encoder: Any = build_encoder(self.spec, dynamic_img_size=True)
             if self.spec.groups is None:
                 initialize_plain_encoder(encoder)
             decoder = self.build_decoder(encoder)
@@ -196,6 +200,8 @@ class PretrainTask(BaseTask):
             )
             if self.is_explora:
                 apply_explora(encoder, self.config)
+            if h["drop_path"]:
+                set_drop_path(encoder, h["drop_path"])
             encoder.set_grad_checkpointing(h["grad_checkpointing"])
             objective = self.build_objective(encoder, decoder, source)
         self.model = use_fast_linears(use_fast_attention(objective))

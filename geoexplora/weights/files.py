@@ -6,6 +6,8 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor
+
 from geoexplora.errors import WeightsError
 from geoexplora.weights.opening import Opened, is_hub_folder, open_file, open_hub_folder
 from geoexplora.weights.reading import OWN_DECODER, read_opened
@@ -67,7 +69,7 @@ def _read(located: Located, heads: int | None) -> SourceWeights:
 def _read_run(located: Located, folder: Path) -> SourceWeights:
     encoder = _source(located, open_file(folder / ENCODER_FILE))
     if (folder / HEADS_FILE).is_file():
-        return replace(encoder, distillation=open_file(folder / HEADS_FILE).content)
+        return replace(encoder, heads_file=folder / HEADS_FILE)
     if not (folder / DECODER_FILE).is_file():
         return encoder
     decoder = _source(located, open_file(folder / DECODER_FILE))
@@ -79,3 +81,21 @@ def _read_run(located: Located, folder: Path) -> SourceWeights:
 def _source(located: Located, opened: Opened, heads: int | None = None) -> SourceWeights:
     weights = read_opened(opened, located.hints, heads)
     return replace(weights, name=located.name, address=located.address, licence=located.licence)
+
+
+def read_heads(source: SourceWeights) -> dict[str, Tensor]:
+    """What DINOv2's objective keeps beside an encoder.
+
+    Args:
+        source: the encoder's weights.
+
+    Returns:
+        ``mask_token``, and of a run of this package the projection heads, ``dino.*`` and, if separate, ``ibot.*``;
+        empty if there is nothing.
+
+    Raises:
+        WeightsError: if the file is damaged.
+    """
+    if source.heads_file is not None:
+        return dict(open_file(source.heads_file).content)
+    return {} if source.mask_token is None else {"mask_token": source.mask_token}

@@ -76,7 +76,7 @@ def read_opened(opened: Opened, hints: Hints, heads: int | None = None) -> Sourc
     return SourceWeights(
         opened.path, name, spec, tensors, _decoder(tensors),
         files=opened.files, assumed=assumed, undescribed=why, **account,
-        distillation={name: done.tensors[name] for name in left_out if name == "mask_token"},
+        mask_token=done.tensors.get("mask_token") if "mask_token" in left_out else None,
     )  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def _parts(found: Found, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tenso
         if name.startswith(("head.", "head_drop.", "classifier.", "fc.", "projection_head.", "prediction_head.")):
             left_out[name] = "a head of the source's task"
         elif name == "mask_token" and "decoder_embed.weight" not in tensors:
-            left_out[name] = "stands for hidden patches in DINOv2's pre-training"
+            left_out[name] = "stands for hidden patches in DINOv2's pre-training, which --objective dinov2 takes up"
         else:
             kept[name] = value
     return kept, left_out

@@ -41,8 +41,8 @@ class SourceWeights:
         undescribed: why there is no description.
         told: whether the file itself tells bands and normalization, as all that this package writes does.
         files: all files that were read.
-        distillation: what DINOv2's objective keeps beside the encoder: ``mask_token`` (D values, any shape), and of
-            this package's runs also the tensors of the projection heads, ``dino.*`` and, if separate, ``ibot.*``.
+        mask_token: what stands for hidden patches in DINOv2's objective, D values of any shape, if it is there.
+        heads_file: where a run of this package keeps its mask token and projection heads.
     """
 
     path: Path
@@ -62,7 +62,8 @@ class SourceWeights:
     undescribed: str = ""
     told: bool = False
     files: tuple[Path, ...] = ()
-    distillation: Mapping[str, Tensor] = field(default_factory=dict)
+    mask_token: Tensor | None = None
+    heads_file: Path | None = None
 
     @cached_property
     def sha256(self) -> str:

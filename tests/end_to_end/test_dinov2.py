@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,10 @@ from safetensors.torch import load_file
 from geoexplora.datamodules.views import TrainView
 from geoexplora.runs.metrics import read_metrics
 from geoexplora.tasks.dinov2_task import ExPLoRADINOv2
+from geoexplora.weights.files import read_weights
 
 TINY = (
-    "--objective", "dinov2", "--model", "vit_pico", "--image-size", "16", "--patch-size", "8", "--local-size", "8",
+    "--objective", "dinov2", "--model", "vit_pico", "--image-size", "16", "--patch-size", "4", "--local-size", "8",
     "--local-crops", "2", "--prototypes", "32", "--head-hidden", "16", "--head-bottleneck", "8", "--rank", "4",
     "--batch-size", "4", "--effective-batch-size", "8", "--max-steps", "4", "--warmup-steps", "1", "--lr", "1e-2",
     "--freeze-last-steps", "1", "--teacher-warmup-steps", "2", "--drop-path", "0.1", "--weight-decay", "0.04",
@@ -86,6 +88,7 @@ def test_multispectral(spectral_run):
     assert set(rows[0]) == {"step", "knn"}
     assert all(row.keys() >= COLUMNS for row in rows[1:])
     assert [row["teacher_temperature"] for row in rows[1:]] == pytest.approx([0.04, 0.055, 0.07, 0.07])
+    assert all(row["ibot_loss"] > 0 for row in rows[1:]), "tokens are hidden"
     assert rows[1]["teacher_momentum"] == pytest.approx(0.992)
     assert rows[1]["weight_decay"] == pytest.approx(0.04)
     parts = {part["part"]: part for part in json.loads((spectral_run / "run.json").read_text())["parameters"]}
@@ -118,7 +121,7 @@ def test_the_adapter_gives_the_same_encoder(spectral_run, photo_run, geoexplora,
 
 
 def test_an_rgb_encoder_loads_into_stock_timm(rgb, photo_run, tmp_path):
-    got = rgb(tmp_path / "r", "--init", photo_run, "--patch-size", "4", "--local-size", "8")
+    got = rgb(tmp_path / "r", "--init", photo_run)
     assert got.status == 0, got.err
     stock = timm.create_model(
         "vit_tiny_patch16_224", img_size=16, patch_size=4, embed_dim=128, depth=8, num_heads=4, num_classes=0
@@ -126,6 +129,7 @@ def test_an_rgb_encoder_loads_into_stock_timm(rgb, photo_run, tmp_path):
     stock.load_state_dict(load_file(tmp_path / "r/encoder.safetensors"), strict=True)
     parts = {part["part"]: part for part in json.loads((tmp_path / "r/run.json").read_text())["parameters"]}
     assert parts["patch embedding"]["trainable"] == 0, "known bands keep their embedding"
+    assert all(row["ibot_loss"] > 0 for row in read_metrics(tmp_path / "r/metrics.csv")), "tokens are hidden"
 
 
 @pytest.mark.parametrize("words", [(), ("--centering", "sinkhorn", "--separate-heads"), ("--local-crops", "0")])
@@ -179,6 +183,12 @@ def test_a_run_brings_its_heads(dinov2, spectral_run, tmp_path):
     got = dinov2(tmp_path / "other", *words, "--prototypes", "64")
     assert got.status == 0, got.err
     assert "warning: the source's projection heads have other sizes" in got.err
+    damaged = shutil.copytree(spectral_run, tmp_path / "damaged")
+    (damaged / "heads.safetensors").write_bytes(b"cut off")
+    assert read_weights(damaged).described().width == 128, "what needs no heads reads none"
+    got = dinov2(tmp_path / "wrong", "--init", damaged)
+    assert got.status == 2
+    assert "heads.safetensors" in got.err
     got = dinov2(tmp_path / "wrong", "--init", spectral_run / "heads.safetensors")
     assert got.status == 2
     assert "holds the projection heads of a run" in got.err
@@ -218,6 +228,7 @@ def test_collapse_is_told(dinov2, photo_run, tmp_path, monkeypatch):
     from geoexplora.tasks import health
 
     monkeypatch.setattr(health, "SETTLED", 0)
+    monkeypatch.setattr(health, "UNIFORM", 0.5)
     # A teacher at temperature 1 hardly prefers any prototype.
     hot = ("--teacher-temperature", "1", "--teacher-temperature-start", "1")
     got = dinov2(tmp_path / "r", "--init", photo_run, *hot)
@@ -229,9 +240,11 @@ def test_collapse_is_told(dinov2, photo_run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        (("--image-size", "6"), "--image-size 6 is not a multiple of --patch-size 8. Near it: 8"),
-        (("--local-size", "12"), "--local-size 12 is not a multiple of --patch-size 8. Near it: 8 or 16"),
-        (("--local-size", "4"), "Near it: 8"),
+        (("--image-size", "3"), "--image-size 3 is not a multiple of --patch-size 4. Near it: 4"),
+        (("--local-size", "10"), "--local-size 10 is not a multiple of --patch-size 4. Near it: 8 or 12"),
+        (("--local-size", "2"), "Near it: 4"),
+        (("--local-size", "4"), "crops of 4 px are too small to be blurred"),
+        (("--augmentation", "colour"), "--augmentation colour needs red, green and blue; fmow-sentinel is sentinel-2"),
         (("--local-crops", "-1"), "--local-crops -1 is negative"),
         (("--global-scale", "0.5,0.2"), "--global-scale 0.5,0.2: expected two shares"),
         (("--local-scale", "0,2"), "--local-scale 0,2: expected two shares"),

@@ -26,7 +26,7 @@ MAE = (
     "--decoder-heads", "4", "--decoder-rank", "2",
 )  # fmt: skip
 DINOV2 = (
-    *SMALL, "--image-size", "28", "--local-size", "14", "--local-crops", "2", "--prototypes", "32", "--head-hidden",
+    *SMALL, "--image-size", "56", "--local-size", "28", "--local-crops", "2", "--prototypes", "32", "--head-hidden",
     "16", "--head-bottleneck", "8",
 )  # fmt: skip
 
@@ -104,7 +104,7 @@ def test_dinov2_from_metas_layout(pretrain: Pretrain, geoexplora: Any, tree: Pat
     assert found["LoRA"] == (7 * 2 * 2 * 128 * 4, 0)
     assert found["patch embedding"][0] == found["position encoding"][0] == 0
     stock = timm.create_model(
-        "vit_tiny_patch16_224", img_size=28, patch_size=14, embed_dim=128, depth=8, num_heads=4, num_classes=0,
+        "vit_tiny_patch16_224", img_size=56, patch_size=14, embed_dim=128, depth=8, num_heads=4, num_classes=0,
         init_values=1.0, **settings,
     )  # fmt: skip
     stock.load_state_dict(load_file(tmp_path / "r/encoder.safetensors"), strict=True)
@@ -136,6 +136,7 @@ def test_bad_annotations(pretrain: Pretrain, own: Path, tmp_path: Path, change: 
     file = annotations(own)[0]
     found = json.loads(file.read_text())
     change(found)
+    good = file.read_text()
     file.write_text(json.dumps(found))
     got = pretrain(tmp_path / "r", *DINOV2, root=own)
     assert got.status == 2, got.err
@@ -148,6 +149,9 @@ def test_bad_annotations(pretrain: Pretrain, own: Path, tmp_path: Path, change: 
     assert got.status == 0, got.err
     assert "warning" in got.err
     assert file.name in got.err
+    file.write_text(good)
+    got = pretrain(tmp_path / "mended", *DINOV2, "--max-steps", "1", root=own)
+    assert got.status == 0, "a corrected file is read again"
 
 
 def test_a_list_of_satmaes_kind(pretrain: Pretrain, own: Path, tmp_path: Path) -> None:

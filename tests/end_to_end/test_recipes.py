@@ -44,12 +44,14 @@ def settings(geoexplora: Callable[..., Any], name: str) -> dict[str, Any]:
 def test_one_step(geoexplora: Callable[..., Any], roots: dict[str, Path], tmp_path: Path, name: str) -> None:
     recipe = settings(geoexplora, name)
     patch = recipe["patch_size"]
-    words = [*SMALL, "--image-size", 2 * patch, "--rank", min(recipe["rank"], 4)]
-    words += [*SMALL_HEADS, "--local-size", patch] if recipe["objective"] == "dinov2" else SMALL_DECODER
+    words = [*SMALL, "--image-size", 4 * patch, "--rank", min(recipe["rank"], 4)]
+    words += [*SMALL_HEADS, "--local-size", 2 * patch] if recipe["objective"] == "dinov2" else SMALL_DECODER
     run = tmp_path / "run"
     got = geoexplora("pretrain", "--config", name, "--root", roots[recipe["dataset"]], "--output", run, *words)
     assert got.status == 0, got.err
     assert [row["step"] for row in read_metrics(run / "metrics.csv")] == [1]
+    if recipe["objective"] == "dinov2":
+        assert read_metrics(run / "metrics.csv")[0]["ibot_loss"] > 0, "tokens are hidden"
     with safe_open(run / "encoder.safetensors", "pt") as file:
         assert json.loads(file.metadata()["bands"]) == (recipe["bands"] or ["R", "G", "B"])
     parts = {part["part"]: part for part in json.loads((run / "run.json").read_text())["parameters"]}

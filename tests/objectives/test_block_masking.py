@@ -141,12 +141,32 @@ def test_blocks_are_rectangles_within_one_group(count: int) -> None:
         for group, top, left, height, width in mask.writes:
             assert top + height <= 9
             assert left + width <= 11
-            assert 3 <= height * width <= 1.6 * count  # an area of at least 4, its sides rounded
+            assert 1 <= height * width <= 1.6 * count  # of at least 4 tokens, but fewer where fewer are left to hide
             assert ASPECT[0] * 0.4 < height / width < ASPECT[1] * 2.5
             union[group, top : top + height, left : left + width] = True
             drawn.add(group)
         assert (union == plain).all()
     assert drawn == {0, 1, 2}
+
+
+@pytest.mark.parametrize("groups", [1, 5, 13])
+@pytest.mark.parametrize("side", [4, 6, 12])
+def test_shares_are_met_with_many_groups_and_on_small_grids(groups: int, side: int) -> None:
+    """A block lies in one group, however many tokens all groups have; where few are left, blocks are small."""
+    random = Random(0)
+    shares = torch.cat([
+        block_masks(16, (side, side), groups, 0.5, (0.1, 0.5), random).float().mean(1) for _ in range(40)
+    ])  # fmt: skip
+    masked = shares[shares > 0]
+    assert len(masked) == 40 * 8, "every chosen crop hides tokens"
+    assert abs(float(masked.mean()) - 0.3) < 0.5 / (side * side * groups) + 0.01  # counts are rounded down
+    assert masked.max() <= 0.5
+
+
+def test_two_by_two_tokens() -> None:
+    random = Random(0)
+    hidden = [int(block_masks(2, (2, 2), 1, 0.5, (0.3, 0.6), random).sum()) for _ in range(50)]
+    assert set(hidden) == {1, 2}
 
 
 def test_blocks_add_to_what_is_hidden() -> None:

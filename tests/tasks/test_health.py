@@ -70,7 +70,7 @@ def test_a_teacher_that_says_nothing(row: dict[str, float], word: str) -> None:
     "row",
     [
         {"teacher_entropy": UNIFORM * math.log(K) - 1e-6, "teacher_mean_entropy": math.log(K)},
-        {"teacher_entropy": 2.0, "teacher_mean_entropy": 2.0 + 1.1 * SAME},
+        {"teacher_entropy": 2.0, "teacher_mean_entropy": 2.0 + 1.1 * SAME * math.log(K)},
         {"teacher_entropy": 0.0, "teacher_mean_entropy": 3.0},
     ],
 )
@@ -82,7 +82,9 @@ def test_a_uniform_and_a_constant_teacher_are_two_kinds() -> None:
     uniform = GOOD | {"teacher_entropy": math.log(K), "teacher_mean_entropy": math.log(K)}
     same = GOOD | {"teacher_entropy": 1.0, "teacher_mean_entropy": 1.0}
     said = judged(HealthWatch(K), *[GOOD] * SETTLED, uniform, same, uniform, same)
-    assert [len(texts) for texts in said[SETTLED:]] == [1, 1, 0, 0]
+    assert [len(texts) for texts in said[SETTLED:]] == [2, 0, 0, 0], "a uniform teacher also says the same of all"
+    said = judged(HealthWatch(K), *[GOOD] * SETTLED, same, uniform, same)
+    assert [len(texts) for texts in said[SETTLED:]] == [1, 1, 0]
 
 
 def test_without_a_teacher_its_numbers_are_not_judged() -> None:
