@@ -102,7 +102,7 @@ def plot_loss(metrics: Path, target: Path, *, loss: str = "loss", probe: str = "
 def plot_health(metrics: Path, target: Path) -> bool:
     """Draw what tells a sound training from a collapsing one, and its schedules, against the optimizer step.
 
-    A panel for each of these that the run logged: losses by part, entropy of the teacher (with its upper bound),
+    A panel for each of these that the run logged: losses by part, entropy of the teacher,
     Kullback-Leibler divergence of the student from it, standard deviation and effective rank of the features, gradient
     norm; and small ones for learning rate, weight decay, teacher momentum and temperature. Values that are not finite
     are marked by crosses below.
