@@ -8,10 +8,18 @@ Shapes: V student crops and T teacher crops of each image, B images, R masked to
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor, distributed
 
 STUDENT_TEMPERATURE = 0.1
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()
 
 
 def _sum_over_processes(x: Tensor) -> Tensor:
@@ -97,7 +105,7 @@ def dino_loss(student: Tensor, targets: Tensor) -> Tensor:
     """
     # With t summing to 1, -t.log_softmax(s) = logsumexp(s) - t.s: no matrix of log-probabilities is needed.
     scores = student.float() / STUDENT_TEMPERATURE
-    with torch.autocast(scores.device.type, enabled=False):  # which would take the product in bf16
+    with _without_autocast(scores.device):  # which would take the product in bf16
         overlap = torch.einsum("tbk,vbk->tv", targets, scores)
     entropy = scores.logsumexp(-1).sum(1) - overlap  # T V, summed over B
     same = torch.eye(*entropy.shape, dtype=torch.bool, device=entropy.device)
@@ -136,7 +144,7 @@ def koleo_loss(features: Tensor, eps: float = 1e-8) -> Tensor:
         raise ValueError("KoLeo compares images of a batch: a batch of one has none to compare")
     from lightly.loss import KoLeoLoss  # slow to import, and only this objective needs it
 
-    with torch.autocast(features.device.type, enabled=False):
+    with _without_autocast(features.device):
         return KoLeoLoss(eps=eps)(features.float())
 
 

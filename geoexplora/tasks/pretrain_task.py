@@ -203,6 +203,7 @@ class PretrainTask(BaseTask):
             if h["drop_path"]:
                 set_drop_path(encoder, h["drop_path"])
             encoder.set_grad_checkpointing(h["grad_checkpointing"])
+            torch.manual_seed(h["seed"])  # the same heads whatever is trained
             objective = self.build_objective(encoder, decoder, source)
         self.model = use_fast_linears(use_fast_attention(objective))
 
