@@ -108,7 +108,9 @@ def test_dinov2_is_described(tmp_path: Path) -> None:
     assert (spec.timm_name, spec.timm_args) == ("vit_small_patch14_reg4_dinov2", {"img_size": 56, "num_classes": 0})
     assert spec.normalization["mean"] == list(IMAGENET_STATISTICS.mean)
     assert source.assumed == ("bands red, green, blue", "statistics of ImageNet", "6 attention heads")
-    assert source.left_out == {"mask_token": "stands for hidden patches in DINOv2's pre-training"}
+    assert set(source.left_out) == {"mask_token"}
+    assert "--objective dinov2 takes up" in source.left_out["mask_token"]
+    assert source.mask_token is not None
     stock = timm.create_model(spec.timm_name, **spec.timm_args)
     stock.load_state_dict(source.encoder_tensors, strict=True)
 
