@@ -131,7 +131,7 @@ class MetricsWriter(Callback):
             RunError: if one was not finite; names the samples.
         """
         if problem := self._guard.verdict(self.names):
-            raise RunError(f"by step {step}, {problem}", DIVERGED)
+            raise RunError(f"the training diverged: by step {step}, {problem}", DIVERGED)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
