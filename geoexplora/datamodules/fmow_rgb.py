@@ -14,7 +14,6 @@ from geoexplora.datasets.fmow_rgb_boxes import Crop
 from geoexplora.datasets.fmow_rgb_list import find_lists
 from geoexplora.datasets.fmow_rgb_tree import SPLITS, Variant, find_base, has_tree, split_name
 from geoexplora.datasets.tiles import TileSource
-from geoexplora.errors import ConfigError
 from geoexplora.transforms.crop import EVALUATION_RATIO, TrainCrop
 from geoexplora.transforms.normalization import Normalization
 
@@ -69,8 +68,6 @@ class FMoWRGBDataModule(TilesDataModule):
         max_unreadable: float = 0.1,
         seed: int = 0,
     ) -> None:
-        if not 0 <= max_unreadable <= 1:
-            raise ConfigError(f"max_unreadable {max_unreadable} is not a share", "Give a number from 0 to 1.")
         check_choices(crop, variant)
         super().__init__(
             FMoWRGB,
@@ -84,6 +81,7 @@ class FMoWRGBDataModule(TilesDataModule):
             antialias=antialias,
             crop_scale=crop_scale,
             seed=seed,
+            max_unreadable=max_unreadable,
         )
         self.root = Path(root)
         self.crop: Crop = crop
@@ -91,7 +89,6 @@ class FMoWRGBDataModule(TilesDataModule):
         self.false_detection = false_detection
         self.years = years
         self.missing: Literal["error", "skip"] = missing
-        self.max_unreadable = max_unreadable
         if statistics == "dataset" and isinstance(normalization, str):
             self.normalize_by_dataset()
 

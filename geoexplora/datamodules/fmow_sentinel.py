@@ -11,7 +11,6 @@ from geoexplora.datamodules.tiles import TilesDataModule
 from geoexplora.datasets.fmow_index import SPLITS, find_layout, split_name
 from geoexplora.datasets.fmow_sentinel import FMoWSentinel
 from geoexplora.datasets.tiles import TileSource
-from geoexplora.errors import ConfigError
 from geoexplora.transforms.normalization import Normalization
 
 
@@ -58,8 +57,6 @@ class FMoWSentinelDataModule(TilesDataModule):
         max_unreadable: float = 0.1,
         seed: int = 0,
     ) -> None:
-        if not 0 <= max_unreadable <= 1:
-            raise ConfigError(f"max_unreadable {max_unreadable} is not a share", "Give a number from 0 to 1.")
         super().__init__(
             FMoWSentinel,
             SENTINEL2,
@@ -72,11 +69,11 @@ class FMoWSentinelDataModule(TilesDataModule):
             antialias=antialias,
             crop_scale=crop_scale,
             seed=seed,
+            max_unreadable=max_unreadable,
         )
         self.root = Path(root)
         self.years = years
         self.missing: Literal["error", "skip"] = missing
-        self.max_unreadable = max_unreadable
         if statistics == "dataset" and isinstance(normalization, str):
             self.normalize_by_dataset()
 

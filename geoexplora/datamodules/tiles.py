@@ -69,6 +69,7 @@ class TilesDataModule(NonGeoDataModule):
         antialias: antialiased resizing.
         crop_scale: smallest and largest share of a tile's area that a training crop covers.
         seed: of order and augmentation.
+        max_unreadable: the largest bearable share of unreadable tiles.
         **kwargs: passed to the dataset.
 
     Raises:
@@ -89,6 +90,7 @@ class TilesDataModule(NonGeoDataModule):
         antialias: bool,
         crop_scale: tuple[float, float],
         seed: int,
+        max_unreadable: float = 0.1,
         **kwargs: Any,
     ) -> None:
         self.sensor = sensor
@@ -110,6 +112,8 @@ class TilesDataModule(NonGeoDataModule):
             raise ConfigError(
                 f"the crop scale {low}, {high} is not a range of shares", "Give two numbers with 0 < low <= high <= 1."
             )
+        if not 0 <= max_unreadable <= 1:
+            raise ConfigError(f"max_unreadable {max_unreadable} is not a share", "Give a number from 0 to 1.")
         super().__init__(dataset_class, batch_size, num_workers, bands=self.bands, **kwargs)
         self.aug = _unchanged
         self.image_size = image_size
@@ -117,6 +121,7 @@ class TilesDataModule(NonGeoDataModule):
         self.antialias = antialias
         self.crop_scale = (low, high)
         self.seed = seed
+        self.max_unreadable = max_unreadable
         self.classes: tuple[str, ...] = ()
         self.first_batch = 0
         self.num_batches: int | None = None

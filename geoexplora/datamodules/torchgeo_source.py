@@ -13,7 +13,7 @@ from geoexplora.datasets.statistics import band_statistics
 from geoexplora.datasets.tiles import TileSource
 from geoexplora.datasets.torchgeo_opening import find_class, find_splits, open_torchgeo
 from geoexplora.datasets.torchgeo_source import TorchGeoTiles
-from geoexplora.errors import ConfigError, DataError
+from geoexplora.errors import DataError
 from geoexplora.transforms.normalization import Normalization
 
 logger = logging.getLogger(__name__)
@@ -67,11 +67,8 @@ class TorchGeoDataModule(TilesDataModule):
         seed: int = 0,
         **kwargs: Any,
     ) -> None:
-        if not 0 <= max_unreadable <= 1:
-            raise ConfigError(f"max_unreadable {max_unreadable} is not a share", "Give a number from 0 to 1.")
         self._class = find_class(name)
         self.root = Path(root)
-        self.max_unreadable = max_unreadable
         train = TorchGeoTiles(open_torchgeo(self._class, self.root, "train"), bands, max_unreadable=max_unreadable)
         if isinstance(normalization, str):
             if statistics == "reference":
@@ -89,6 +86,7 @@ class TorchGeoDataModule(TilesDataModule):
             antialias=antialias,
             crop_scale=crop_scale,
             seed=seed,
+            max_unreadable=max_unreadable,
         )
         self._sources["train"] = train
         self.classes = train.classes

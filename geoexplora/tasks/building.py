@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from inspect import signature
 from typing import Any
 
 from geoexplora.datamodules.tiles import TilesDataModule
@@ -10,22 +11,6 @@ from geoexplora.tasks.dinov2_task import ExPLoRADINOv2
 from geoexplora.tasks.mae_task import ExPLoRAPretrain
 from geoexplora.tasks.pretrain_task import PretrainTask
 from geoexplora.tasks.schedule import Schedule
-
-_SHARED = (
-    "model", "image_size", "patch_size", "groups", "antialias", "init", "band_init", "patch_resize",
-    "allow_normalization_mismatch", "allow_band_mismatch", "mode", "whole_blocks", "rank", "alpha", "drop_path",
-    "whole_blocks_lr_scale", "layer_decay", "patch_embed_lr_scale", "weight_decay", "weight_decay_end", "seed",
-    "grad_checkpointing",
-)  # fmt: skip
-_MAE = (
-    "decoder_rank", "decoder_width", "decoder_depth", "decoder_heads", "mask_ratio", "mask", "norm_pix_loss", "pairing",
-)  # fmt: skip
-_DINOV2 = (
-    "local_size", "local_crops", "global_scale", "local_scale", "augmentation", "prototypes", "head_layers",
-    "head_hidden", "head_bottleneck", "separate_heads", "centering", "ibot_weight", "koleo_weight", "mask_probability",
-    "mask_range", "teacher_momentum", "teacher_temperature", "teacher_temperature_start",
-)  # fmt: skip
-"""Settings that go to the tasks under their own names."""
 
 
 def build_task(
@@ -39,9 +24,12 @@ def build_task(
         schedule: gives the length.
         state: what an earlier start of this run found in ``--init``.
     """
-    named = {name: getattr(options, name) for name in _SHARED}
+    dinov2 = options.objective == "dinov2"
+    task: type[PretrainTask] = ExPLoRADINOv2 if dinov2 else ExPLoRAPretrain
+    wanted = (*signature(PretrainTask).parameters, *signature(task).parameters)
+    settings = {name: getattr(options, name) for name in wanted if hasattr(options, name)}
     scale = rate_scale(options.objective, schedule.images_per_step)
-    shared = named | {
+    settings |= {
         "sensor": datamodule.sensor.name,
         "bands": datamodule.bands,
         "normalization": datamodule.normalization.to_dict(),
@@ -51,14 +39,12 @@ def build_task(
         "total_steps": schedule.steps,
         "source_state": state,
     }
-    if options.objective == "mae":
-        return ExPLoRAPretrain(**{name: getattr(options, name) for name in _MAE}, **shared)
-    return ExPLoRADINOv2(
-        **{name: getattr(options, name) for name in _DINOV2},
-        teacher_warmup_steps=schedule.in_steps(options.teacher_warmup_epochs, options.teacher_warmup_steps),
-        freeze_last_steps=schedule.in_steps(options.freeze_last_epochs, options.freeze_last_steps),
-        **shared,
-    )
+    if dinov2:
+        settings |= {
+            "teacher_warmup_steps": schedule.in_steps(options.teacher_warmup_epochs, options.teacher_warmup_steps),
+            "freeze_last_steps": schedule.in_steps(options.freeze_last_epochs, options.freeze_last_steps),
+        }
+    return task(**settings)
 
 
 def rate_scale(objective: str, images_per_step: int) -> float:

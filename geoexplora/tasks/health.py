@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -108,6 +109,8 @@ class FinitenessGuard:
             names: a function from the index of a sample to what to call it.
         """
         batches, self._batches = self._batches, []
+        if not batches or bool(torch.stack([loss for loss, _, _ in batches]).isfinite().all()):  # one wait for all
+            return None
         for loss, finite, index in batches:
             if math.isfinite(float(loss)):
                 continue
