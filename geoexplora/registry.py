@@ -145,6 +145,7 @@ class DatasetEntry:
         needs_root: whether the user must say where the data lies.
         arguments: of the datamodule, beside the settings.
         settings: names of settings that only this datamodule takes.
+        targets: kinds of targets among which its argument ``target`` chooses; empty: it has no such argument.
     """
 
     datamodule: str
@@ -152,6 +153,31 @@ class DatasetEntry:
     needs_root: bool = True
     arguments: Mapping[str, Any] = field(default_factory=dict)
     settings: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+
+    @property
+    def is_torchgeo(self) -> bool:
+        """Whether one of TorchGeo's classes reads it."""
+        return self.datamodule == _TORCHGEO_DATAMODULE
+
+
+TORCHGEO = "torchgeo:"
+"""What precedes the name of a TorchGeo dataset."""
+
+TORCHGEO_SENSORS = {
+    "EuroSAT": "sentinel-2", "EuroSAT100": "sentinel-2", "EuroSATSpatial": "sentinel-2", "SEN12MS": "sentinel-2",
+    "SSL4EOS12": "sentinel-2",
+    "DLRSD": "rgb", "FireRisk": "rgb", "LandCoverAI": "rgb", "LoveDA": "rgb", "MillionAID": "rgb",
+    "NonGeoClassificationDataset": "rgb", "PatternNet": "rgb", "RESISC45": "rgb", "TropicalCyclone": "rgb",
+    "UCMerced": "rgb",
+}  # fmt: skip
+"""Sensors of TorchGeo's datasets that hold all bands of one, so that bands are checked before the data are opened."""
+
+_TORCHGEO_DATAMODULE = "geoexplora.datamodules.torchgeo_source:TorchGeoDataModule"
+
+
+def _torchgeo(name: str) -> DatasetEntry:
+    return DatasetEntry(_TORCHGEO_DATAMODULE, TORCHGEO_SENSORS.get(name), arguments={"name": name})
 
 
 DATASETS: dict[str, DatasetEntry] = {
@@ -160,21 +186,26 @@ DATASETS: dict[str, DatasetEntry] = {
         "geoexplora.datamodules.fmow_rgb:FMoWRGBDataModule", "rgb", settings=("crop", "variant", "false_detection")
     ),
     "photographs": DatasetEntry("geoexplora.datamodules.photographs:PhotographsDataModule", "rgb", needs_root=False),
+    "sample": DatasetEntry(
+        "geoexplora.datamodules.sample:SampleDataModule",
+        "sentinel-2",
+        needs_root=False,
+        settings=("tile_size", "fold"),
+        targets=("class", "mask"),
+    ),
+    "eurosat": _torchgeo("EuroSAT"),
+    "eurosat100": _torchgeo("EuroSAT100"),
+    "resisc45": _torchgeo("RESISC45"),
+    "ucmerced": _torchgeo("UCMerced"),
+    "so2sat": _torchgeo("So2Sat"),
+    "bigearthnet": _torchgeo("BigEarthNet"),
+    "ssl4eo-s12": _torchgeo("SSL4EOS12"),
+    "loveda": _torchgeo("LoveDA"),
+    "tropical-cyclone": _torchgeo("TropicalCyclone"),
 }
-
-TORCHGEO = "torchgeo:"
-"""What precedes the name of a TorchGeo dataset."""
 
 DATASET_NAMES = (*DATASETS, f"{TORCHGEO}NAME")
 """Names of datasets, as help and messages list them."""
-
-TORCHGEO_SENSORS = {
-    "EuroSAT": "sentinel-2", "EuroSAT100": "sentinel-2", "EuroSATSpatial": "sentinel-2", "SEN12MS": "sentinel-2",
-    "SSL4EOS12": "sentinel-2",
-    "DLRSD": "rgb", "FireRisk": "rgb", "LandCoverAI": "rgb", "LoveDA": "rgb", "MillionAID": "rgb",
-    "NonGeoClassificationDataset": "rgb", "PatternNet": "rgb", "RESISC45": "rgb", "UCMerced": "rgb",
-}  # fmt: skip
-"""Sensors of TorchGeo's datasets that hold all bands of one, so that bands are checked before the data are opened."""
 
 
 def look_up[Entry](kind: str, name: str, entries: Mapping[str, Entry]) -> Entry:
@@ -202,8 +233,7 @@ def find_dataset(name: str) -> DatasetEntry:
                 f"TorchGeo has no dataset {chosen!r}",
                 f"{nearest(chosen, known)}Write the name of a class of torchgeo.datasets, such as torchgeo:RESISC45.",
             )
-        target = "geoexplora.datamodules.torchgeo_source:TorchGeoDataModule"
-        return DatasetEntry(target, TORCHGEO_SENSORS.get(chosen), arguments={"name": chosen})
+        return _torchgeo(chosen)
     if name not in DATASETS:
         raise ConfigError(f"unknown dataset {name!r}", f"{nearest(name, DATASETS)}Known: {', '.join(DATASET_NAMES)}.")
     return DATASETS[name]

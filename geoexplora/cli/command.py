@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from geoexplora.cli.options import Options
@@ -61,6 +62,11 @@ class Command:
 
     @property
     def groups(self) -> dict[type[Options], tuple[str, ...]]:
-        """The options of each dataclass that the options inherit from, in order."""
+        """The options of each dataclass that the options inherit from, in order; a class may give another default."""
         bases = [base for base in reversed(self.options.__mro__) if issubclass(base, Options)]
-        return {base: tuple(names) for base in bases if (names := inspect.get_annotations(base))}
+        groups: dict[type[Options], tuple[str, ...]] = {}
+        for base in bases:
+            names = tuple(name for name in inspect.get_annotations(base) if name not in chain(*groups.values()))
+            if names:
+                groups[base] = names
+        return groups

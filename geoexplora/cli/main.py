@@ -29,11 +29,14 @@ COMMANDS = {
     "demo": "the whole path on a bundled Sentinel-2 scene: pre-train, probe, picture (minutes, CPU)",
     "pretrain": "extend pre-training to new imagery: ExPLoRA, all weights, or from scratch",
     "probe": "measure an encoder's features by kNN and a linear classifier",
+    "finetune": "train an encoder on labels: classes, masks or values; by LoRA, AdaLoRA, DoRA, fully, or its head alone",
     "export": "write an encoder for timm, TorchGeo, transformers, SatMAE or onnxruntime",
     "inspect": "say what a weights file or a run folder is",
     "recipes": "list, show or copy the settings that ship with the package",
 }
 """Commands and what they do; each lives in the module of its name."""
+
+RESUMABLE = {"pretrain", "finetune"}
 
 INTERRUPTED = 130
 
@@ -125,7 +128,7 @@ def _fail(command: str, message: str) -> int:
 
 
 def _interrupted(command: str) -> int:
-    hint = f" Go on with: {PROGRAM} pretrain --resume RUN" if command == "pretrain" else ""
+    hint = f" Go on with: {PROGRAM} {command} --resume RUN" if command in RESUMABLE else ""
     sys.stderr.write(f"\n{PROGRAM} {command}: interrupted.{hint}\n")
     return INTERRUPTED
 

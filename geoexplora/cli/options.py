@@ -33,7 +33,7 @@ class DataOptions(Options):
 
     Attributes:
         dataset: the dataset's name; pretrain takes its defaults from the dataset's recipe.
-        root: folder that holds the dataset (photographs: not needed).
+        root: folder that holds the dataset (photographs, sample: not needed).
         years: first and last year of acquisition to keep.
         missing: what to do when the csv names files that are not there: stop, or go on without them.
         max_unreadable: share of unreadable or empty tiles above which to stop; fewer are replaced with a warning.
@@ -62,6 +62,19 @@ class FMoWRGBOptions(Options):
     crop: Literal["baseline", "tight", "full"] = "baseline"
     variant: Literal["rgb", "msrgb"] = "rgb"
     false_detection: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleOptions(Options):
+    """Bundled sample (--dataset sample).
+
+    Attributes:
+        tile_size: side of a tile, in pixels of 10 m.
+        fold: the area of the scene to test on, from 0 to 7; two others validate.
+    """
+
+    tile_size: int = setting(16, "PIXELS")
+    fold: int = setting(0, "N")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +137,43 @@ class ModelOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
+class EncoderOptions(Options):
+    """Encoder.
+
+    Attributes:
+        init: encoder to start from: a run folder or a weights file, or all else that pretrain takes
+            (none: random weights of --model).
+        model: sizes of an encoder of random weights; otherwise they are the source's.
+        bands: input bands, by name (none: those the encoder was trained with).
+        groups: channel groups, as in pretrain (none: the encoder's).
+        image_size: side of the square input, in pixels (none: as the encoder was trained).
+        patch_size: side of a patch, in pixels (none: the encoder's).
+        normalization: method, as in pretrain (none: the encoder's own, with its statistics).
+        statistics: for bands that the encoder was not trained with, or another normalization: those published with
+            the dataset, or those of its training tiles.
+        band_init: how a band that the encoder does not know starts, as in pretrain.
+        patch_resize: how its patch embedding changes the patch size, as in pretrain.
+        allow_normalization_mismatch: take weights of this package that were trained with another normalization.
+        allow_band_mismatch: take weights of this package that were trained on other bands of the same sensor.
+    """
+
+    init: str | None = setting(None, "SOURCE", source)
+    model: str | None = setting(None, "NAME", known=MODELS)
+    bands: tuple[str, ...] | None = setting(None, "B,B,...", names, expects="band names such as B2,B3,B4")
+    groups: tuple[tuple[str, ...], ...] | None = setting(
+        None, "B,B;B,B", name_groups, expects="groups of band names such as B2,B3,B4;B11,B12"
+    )
+    image_size: int | None = setting(None, "PIXELS")
+    patch_size: int | None = setting(None, "PIXELS")
+    normalization: Literal["clip-uint8", "clip-float", "standardize"] | None = None
+    statistics: Literal["reference", "dataset"] = "reference"
+    band_init: Literal["rgb-by-name", "mean", "nearest-wavelength", "random"] = "rgb-by-name"
+    patch_resize: Literal["pseudo-inverse", "bilinear"] = "pseudo-inverse"
+    allow_normalization_mismatch: bool = False
+    allow_band_mismatch: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExploraOptions(Options):
     """What is trained.
 
@@ -157,14 +207,11 @@ class OptimizationOptions(Options):
             (none: batch size x devices x nodes).
         lr: learning rate for 256 images in a step, scaled by effective batch size / 256; with dinov2 for 1024
             images, scaled by the square root of effective batch size / 1024.
-        whole_blocks_lr_scale: learning rate of whole blocks and norms, relative to that of LoRA and embeddings.
         layer_decay: factor of the learning rate of what goes on from the source, for each layer that lies above it.
-        patch_embed_lr_scale: further factor for patch embeddings that go on from the source.
         min_lr: learning rate where the cosine ends, scaled as --lr.
         warmup_epochs: epochs of linear warm-up.
         warmup_steps: optimizer steps of linear warm-up (none: as --warmup-epochs says).
         weight_decay: AdamW's weight decay.
-        weight_decay_end: what it reaches at the end, by a cosine (none: it stays).
         clip_grad: largest norm of the gradient (none: no clipping).
         seed: seed of the weights, the order of the data, crops and masks.
     """
@@ -174,16 +221,30 @@ class OptimizationOptions(Options):
     batch_size: int = setting(64, "IMAGES")
     effective_batch_size: int | None = setting(None, "IMAGES")
     lr: float = setting(4.5e-4, "X")
-    whole_blocks_lr_scale: float = setting(1.0, "X")
     layer_decay: float = setting(1.0, "X")
-    patch_embed_lr_scale: float = setting(1.0, "X")
     min_lr: float = setting(0.0, "X")
     warmup_epochs: float = setting(1.0, "N")
     warmup_steps: int | None = setting(None, "N")
     weight_decay: float = setting(0.0, "X")
-    weight_decay_end: float | None = setting(None, "X")
     clip_grad: float | None = setting(None, "NORM")
     seed: int = setting(0, "N")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainRateOptions(Options):
+    """Rates of pre-training.
+
+    Attributes:
+        whole_blocks_lr_scale: learning rate of whole blocks and norms, relative to that of LoRA and embeddings.
+        patch_embed_lr_scale: further factor for patch embeddings that go on from the source.
+        weight_decay_end: what the weight decay reaches at the end, by a cosine (none: it stays).
+        probe_every: optimizer steps between two kNN probes, the first before training (0: none).
+    """
+
+    whole_blocks_lr_scale: float = setting(1.0, "X")
+    patch_embed_lr_scale: float = setting(1.0, "X")
+    weight_decay_end: float | None = setting(None, "X")
+    probe_every: int = setting(5000, "STEPS")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,11 +287,9 @@ class RunOptions(Options):
             all options are given.
         log_every: optimizer steps between two rows of metrics.csv.
         checkpoint_every: optimizer steps between two checkpoints.
-        probe_every: optimizer steps between two kNN probes, the first before training (0: none).
     """
 
     output: str | None = setting(None, "RUN", path, required=True)
     resume: bool = setting(False, "RUN")
     log_every: int = setting(50, "STEPS")
     checkpoint_every: int = setting(1000, "STEPS")
-    probe_every: int = setting(5000, "STEPS")

@@ -128,7 +128,8 @@ class Parser:
             return str(given)
         if hint is bool:
             return "true|false"
-        return "|".join(map(str, get_args(hint))) if get_origin(hint) is Literal else name.upper()
+        choices = next((kind for kind in (hint, *get_args(hint)) if get_origin(kind) is Literal), None)
+        return name.upper() if choices is None else "|".join(map(str, get_args(choices)))
 
 
 def show(value: Any) -> str:

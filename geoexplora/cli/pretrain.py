@@ -14,7 +14,9 @@ from geoexplora.cli.options import (
     InputOptions,
     ModelOptions,
     OptimizationOptions,
+    PretrainRateOptions,
     RunOptions,
+    SampleOptions,
     ScalingOptions,
 )
 
@@ -23,6 +25,7 @@ from geoexplora.cli.options import (
 class PretrainOptions(
     RunOptions,
     ScalingOptions,
+    PretrainRateOptions,
     OptimizationOptions,
     DINOv2Options,
     MAEOptions,
@@ -30,6 +33,7 @@ class PretrainOptions(
     ExploraOptions,
     ModelOptions,
     InputOptions,
+    SampleOptions,
     FMoWRGBOptions,
     DataOptions,
 ):

@@ -8,6 +8,9 @@ import geoexplora
 from geoexplora.bands import nearest
 from geoexplora.errors import ConfigError
 
+TORCHGEO = "torchgeo"
+"""The folder of recipes for TorchGeo's own command line."""
+
 
 def recipe_folder() -> Path:
     """Where the recipes lie: inside an installed package, beside it in a working tree."""
@@ -33,6 +36,12 @@ def recipe_file(name: str) -> Path:
     if short not in known:
         raise ConfigError(f"unknown recipe {name!r}", f"{nearest(short, known)}Known: {', '.join(known) or 'none'}.")
     return recipe_folder() / f"{short}.yaml"
+
+
+def recipe_command(name: str) -> str:
+    """The command that a recipe is for."""
+    folder = name.split("/")[0]
+    return "torchgeo fit" if folder == TORCHGEO else f"geoexplora {folder}"
 
 
 def recipe_header(name: str) -> list[str]:
@@ -62,6 +71,11 @@ def read_config(name: str) -> tuple[str, str]:
                 nearest(name, known) or f"Recipes: {', '.join(known) or 'none'}.",
             )
         file, label = recipe_file(name), f"recipe {name.removesuffix('.yaml')}"
+        if label.startswith(f"recipe {TORCHGEO}/"):
+            raise ConfigError(
+                f"--config {name} is a recipe for TorchGeo's command line",
+                f"Copy it: geoexplora recipes copy {name} FILE; then: torchgeo fit --config FILE.",
+            )
     try:
         return file.read_text(encoding="utf-8"), label
     except UnicodeDecodeError as problem:

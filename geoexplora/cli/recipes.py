@@ -10,7 +10,7 @@ from typing import Literal
 
 from geoexplora.cli.command import Command, Finding
 from geoexplora.cli.options import Options
-from geoexplora.cli.recipe_files import recipe_file, recipe_header, recipe_names
+from geoexplora.cli.recipe_files import recipe_command, recipe_file, recipe_header, recipe_names
 from geoexplora.cli.values import path, setting
 from geoexplora.errors import ConfigError
 
@@ -69,13 +69,13 @@ def _copy(name: str, destination: str, force: bool) -> None:
         target.write_bytes(source.read_bytes())
     except OSError as problem:
         raise ConfigError(f"cannot write {target}: {problem.strerror}", "Name a place you may write to.") from problem
-    command = name.split("/")[0]
-    sys.stdout.write(f"Copied to {target}. Use it: geoexplora {command} --config {target}\n")
+    sys.stdout.write(f"Copied to {target}. Use it: {recipe_command(name)} --config {target}\n")
 
 
 COMMAND = Command(
     name="recipes",
-    description="Recipes are YAML files of settings. pretrain --dataset NAME starts from recipe pretrain/NAME.",
+    description="Recipes are YAML files of settings. pretrain --dataset NAME starts from recipe pretrain/NAME. Those "
+    "in torchgeo/ are for TorchGeo's command line: torchgeo fit --config FILE.",
     usage="list | show NAME | copy NAME [DESTINATION]",
     options=RecipesOptions,
     run=run,

@@ -18,6 +18,7 @@ from geoexplora.cli.recipe_files import read_config, recipe_names
 from geoexplora.cli.resuming import compare, saved_config
 from geoexplora.cli.values import is_null
 from geoexplora.errors import ConfigError
+from geoexplora.registry import DATASETS
 
 REPLACED = {
     "epochs": "max_steps",
@@ -61,7 +62,7 @@ def resolve(command: Command, argv: Sequence[str]) -> Request:
     arguments = read_arguments(command, argv)
     layers = [*(_config_layer(command, name) for name in arguments.configs), arguments.layer]
     output, resuming = _text(layers, "output"), _text(layers, "resume").lower() in {"true", "yes", "on"}
-    run = saved_config(output) if resuming and output else None
+    run = saved_config(output, command.name) if resuming and output else None
     settled = _Settled(command, parser)
     if run is not None:
         settled.apply(read_yaml(run.text, run.label, list(command.fields), command.name))
@@ -151,11 +152,12 @@ def _config_layer(command: Command, name: str) -> Layer:
 def _recipe_layer(command: Command, dataset: str, objective: str) -> Layer:
     """The recipe that ``--dataset`` stands for, where the command has one for it, or for it with ``--objective``.
 
-    All of TorchGeo's datasets, ``torchgeo:NAME``, share theirs.
+    All of TorchGeo's datasets share ``torchgeo``, where there is none of their own name.
     """
     known = recipe_names() if command.configurable else []
-    family = dataset.partition(":")[0]
-    names = (f"{command.name}/{family}-{objective}", f"{command.name}/{family}")
+    entry = DATASETS.get(dataset)
+    families = (dataset.partition(":")[0], *(["torchgeo"] if entry and entry.is_torchgeo else []))
+    names = [f"{command.name}/{family}{end}" for family in families for end in (f"-{objective}", "")]
     return next((_config_layer(command, name) for name in names if name in known), Layer())
 
 

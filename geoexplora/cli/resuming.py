@@ -40,15 +40,26 @@ class SavedConfig:
     label: str
 
 
-def saved_config(folder: str) -> SavedConfig | None:
+def saved_config(folder: str, command: str) -> SavedConfig | None:
     """The configuration of the run in a folder, or ``None`` if no run was started there.
 
+    Args:
+        folder: the run folder.
+        command: the command that is to go on with it.
+
     Raises:
-        RunError: if it is there but cannot be read.
+        RunError: if it is there but cannot be read, or is a run of another command.
     """
     from geoexplora.runs.folder import RunFolder  # only resuming needs it
 
-    file = RunFolder(folder).config_file
+    run = RunFolder(folder)
+    made_by = run.read_run_json().get("command", command) if run.run_file.is_file() else command
+    if made_by != command:
+        raise RunError(
+            f"{folder} is a run of geoexplora {made_by}",
+            f"Go on with it by geoexplora {made_by} --resume {folder}, or start from its weights: --init {folder}.",
+        )
+    file = run.config_file
     try:
         return SavedConfig(file.read_text(encoding="utf-8"), str(file))
     except (FileNotFoundError, NotADirectoryError):

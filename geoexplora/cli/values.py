@@ -66,6 +66,11 @@ def interval(text: Tree) -> Tree:
     return [part.strip() for part in text.replace("-", ",", 1 if "," not in text else 0).split(",")]
 
 
+def class_weights(text: Tree) -> Tree:
+    """``1,2.5,1`` -> a list of numbers; a word stays one."""
+    return names(text) if isinstance(text, str) and "," in text else text
+
+
 def path(text: Tree) -> Tree:
     """A path whose leading ``~`` means the user's home, in YAML as in a shell."""
     return str(Path(text).expanduser()) if isinstance(text, str) else text

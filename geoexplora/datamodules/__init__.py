@@ -3,6 +3,7 @@
 from geoexplora.datamodules.fmow_rgb import FMoWRGBDataModule
 from geoexplora.datamodules.fmow_sentinel import FMoWSentinelDataModule
 from geoexplora.datamodules.photographs import PhotographsDataModule
+from geoexplora.datamodules.sample import SampleDataModule
 from geoexplora.datamodules.sampling import StepBatchSampler
 from geoexplora.datamodules.tiles import TilesDataModule
 
@@ -10,6 +11,7 @@ __all__ = [
     "FMoWRGBDataModule",
     "FMoWSentinelDataModule",
     "PhotographsDataModule",
+    "SampleDataModule",
     "StepBatchSampler",
     "TilesDataModule",
 ]

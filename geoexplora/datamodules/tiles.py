@@ -14,10 +14,11 @@ from torchgeo.datasets import NonGeoDataset
 
 from geoexplora.bands import Sensor, Statistics
 from geoexplora.datamodules.sampling import EpochBatchSampler, StepBatchSampler
+from geoexplora.datamodules.targets import target_title
 from geoexplora.datamodules.views import EvaluationView, TrainView
 from geoexplora.datasets.plot import plot_tile
 from geoexplora.datasets.statistics import band_statistics
-from geoexplora.datasets.tiles import TileSource
+from geoexplora.datasets.tiles import TargetKind, TileSource
 from geoexplora.errors import ConfigError
 from geoexplora.transforms.crop import EvaluationCrop, TrainCrop, WholeTile
 from geoexplora.transforms.normalization import Normalization
@@ -39,9 +40,11 @@ class TilesDataModule(NonGeoDataModule):
     TorchGeo's augmentation on the device is the identity and nothing is normalized twice.
 
     A batch holds ``image`` (B, C, S, S), float32, normalized; ``index`` (B,), int64, of the tiles asked for;
-    ``unreadable`` (B,), int64, -1 or the index of a tile that another one stands in for; and ``label`` (B,), int64,
-    where there are labels. Training on whole tiles (``whole_tiles``) adds ``size`` (B, 2), int64, the tiles' heights
-    and widths: there the crops are left to ``geoexplora.transforms.MultiCrop`` on the device.
+    ``unreadable`` (B,), int64, -1 or the index of a tile that another one stands in for; and by the kind of target
+    ``label``, (B,) int64 (class), (B, K) int64 (multilabel) or (B,) float32 (value), or ``mask`` (B, S, S), int64.
+    Tiles with masks are evaluated whole, without a central crop. Training on whole tiles (``whole_tiles``) adds
+    ``size`` (B, 2), int64, the tiles' heights and widths: there the crops are left to
+    ``geoexplora.transforms.MultiCrop`` on the device.
 
     With several processes construct the Trainer with ``use_distributed_sampler=False``: each process takes its part
     of a batch by itself.
@@ -56,6 +59,9 @@ class TilesDataModule(NonGeoDataModule):
         first_batch: where the training order starts, given ``num_batches``; set it to take a run up again.
         whole_tiles: train on whole tiles, stretched to squares of this many pixels; None: on random crops. Set it
             before ``setup``.
+        ignore_index: the value of a mask that is no class; None: all values are classes. Set it before ``setup``.
+        unlabelled: leave targets, unseen, out of the training batches, and all but classes out of evaluation:
+            pre-training needs none but for its kNN probe. Set it before ``setup``.
 
     Args:
         dataset_class: the dataset's class.
@@ -126,7 +132,18 @@ class TilesDataModule(NonGeoDataModule):
         self.first_batch = 0
         self.num_batches: int | None = None
         self.whole_tiles: int | None = None
+        self.ignore_index: int | None = None
+        self.unlabelled = False
         self._sources: dict[str, TileSource] = {}
+
+    @property
+    def target(self) -> TargetKind:
+        """The kind of the training tiles' targets.
+
+        Raises:
+            DataError: if there are no training tiles, or they are not what they should be.
+        """
+        return self.source("train").target
 
     def has_split(self, split: str) -> bool:
         """Whether the data has a split of that name."""
@@ -146,7 +163,7 @@ class TilesDataModule(NonGeoDataModule):
         if split not in self._sources:
             source = self.open_split(split)
             self._sources[split] = source
-            self.classes = getattr(source, "classes", ())
+            self.classes = source.classes or self.classes
         return self._sources[split]
 
     def normalize_by_dataset(self) -> None:
@@ -176,7 +193,7 @@ class TilesDataModule(NonGeoDataModule):
                 raise ConfigError(f"whole tiles of {self.whole_tiles} px cannot be", "Give a size of at least 1 pixel.")
             else:
                 crop = WholeTile(self.normalization, self.whole_tiles, self.antialias)
-            self.train_dataset = TrainView(self.source("train"), crop, self.seed)
+            self.train_dataset = TrainView(self.source("train"), crop, self.seed, self.ignore_index, self.unlabelled)
         if stage == "validate":
             self.val_dataset = self.eval_dataset("val")
         if stage == "test":
@@ -184,7 +201,9 @@ class TilesDataModule(NonGeoDataModule):
 
     def eval_dataset(self, split: str) -> EvaluationView:
         """One split without augmentation, with ``labels`` and ``location_ids`` where it has them."""
-        return EvaluationView(self.source(split), EvaluationCrop(self.normalization, self.image_size, self.antialias))
+        crop = EvaluationCrop(self.normalization, self.image_size, self.antialias)
+        source = self.source(split)
+        return EvaluationView(source, crop, self.ignore_index, self.unlabelled and source.target != "class")
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Batches from ``first_batch`` to ``num_batches``, the length counted from 0; without these an epoch."""
@@ -251,6 +270,4 @@ class TilesDataModule(NonGeoDataModule):
     def plot(self, sample: Batch, *args: Any, **kwargs: Any) -> Figure:
         """Plot a normalized sample of any split, back in the sensor's units."""
         image = self.normalization.inverse(sample["image"])
-        label = sample.get("label")
-        title = self.classes[int(label)] if label is not None and self.classes else None
-        return plot_tile(image, self.bands, self.sensor, title)
+        return plot_tile(image, self.bands, self.sensor, target_title(sample.get("label"), self.classes))

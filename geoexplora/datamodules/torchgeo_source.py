@@ -11,7 +11,7 @@ from geoexplora.bands import Statistics
 from geoexplora.datamodules.tiles import TilesDataModule
 from geoexplora.datasets.statistics import band_statistics
 from geoexplora.datasets.tiles import TileSource
-from geoexplora.datasets.torchgeo_opening import find_class, find_splits, open_torchgeo
+from geoexplora.datasets.torchgeo_opening import FACTS, find_class, find_splits, open_torchgeo
 from geoexplora.datasets.torchgeo_source import TorchGeoTiles
 from geoexplora.errors import DataError
 from geoexplora.transforms.normalization import Normalization
@@ -90,6 +90,8 @@ class TorchGeoDataModule(TilesDataModule):
         )
         self._sources["train"] = train
         self.classes = train.classes
+        facts = FACTS.get(name)
+        self.ignore_index = facts.ignore_index if facts else None
 
     def has_split(self, split: str) -> bool:
         """Whether the class has the split ``train``, ``val`` or ``test_gt`` (``test``); not whether it is there."""

@@ -11,46 +11,75 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from geoexplora.datamodules.sampling import Key, generator
-from geoexplora.datasets.tiles import Tile, TileSource
+from geoexplora.datamodules.targets import check_target
+from geoexplora.datasets.tiles import Target, Tile, TileSource
 from geoexplora.transforms.crop import EvaluationCrop, TrainCrop, WholeTile
 
 Sample = dict[str, Tensor]
 
 
-def _sample(image: Tensor, tile: Tile, index: int) -> Sample:
-    sample = {"image": image, "index": torch.tensor(index), "unreadable": torch.tensor(tile.unreadable)}
-    if tile.label is not None:
-        sample["label"] = torch.tensor(tile.label)
-    return sample
+def _numbers(tile: Tile, index: int) -> Sample:
+    return {"index": torch.tensor(index), "unreadable": torch.tensor(tile.unreadable)}
+
+
+def _label(target: Target) -> Sample:
+    if target is None:
+        return {}
+    if isinstance(target, np.ndarray):
+        return {"label": torch.from_numpy(target.astype(np.int64))}
+    return {"label": torch.tensor(target)}
 
 
 class TrainView(Dataset[Sample]):
     """The augmented view: ``view[(epoch, index)]`` depends on nothing but seed, epoch and index.
 
     ``view[index]`` is ``view[(0, index)]``. Samples hold ``image`` (C, S, S), float32, ``index``, the one asked for,
-    int64, ``unreadable``, int64, and ``label``, int64, where the source has labels; whole tiles also ``size`` (2,),
-    int64, their height and width before.
+    int64, ``unreadable``, int64, and by the source's kind of target ``label``, int64 (a class) or (K,), int64 (several)
+    or float32 (a number), or ``mask`` (S, S), int64; whole tiles also ``size`` (2,), int64, their height and width
+    before.
 
     Args:
         source: the dataset of raw tiles.
         crop: the augmentation, or whole tiles for augmentation elsewhere.
         seed: of the augmentation.
+        ignore_index: the value of a mask that is no class.
+        unlabelled: leave targets out.
     """
 
-    def __init__(self, source: TileSource, crop: TrainCrop | WholeTile, seed: int = 0) -> None:
+    def __init__(
+        self,
+        source: TileSource,
+        crop: TrainCrop | WholeTile,
+        seed: int = 0,
+        ignore_index: int | None = None,
+        unlabelled: bool = False,
+    ) -> None:
         self.source = source
         self.crop = crop
         self.seed = seed
+        self.ignore_index = ignore_index
+        self.unlabelled = unlabelled
 
     def __len__(self) -> int:
         """Number of tiles."""
         return len(self.source)
 
     def __getitem__(self, key: int | Key) -> Sample:
-        """The sample of that index, as augmented in that epoch."""
+        """The sample of that index, as augmented in that epoch.
+
+        Raises:
+            DataError: if its target is not what the source says; see ``check_target``.
+        """
         epoch, index = (0, key) if isinstance(key, int) else key
         tile = self.source.read(index)
-        sample = _sample(self.crop(tile.image, generator(self.seed, epoch, index)), tile, index)
+        draws = generator(self.seed, epoch, index)
+        target = None if self.unlabelled else check_target(tile, self.source, index, self.ignore_index)
+        sample: Sample
+        if isinstance(target, np.ndarray) and self.source.target == "mask":
+            image, mask = self.crop.with_mask(tile.image, target, draws)
+            sample = {"image": image, **_numbers(tile, index), "mask": mask}
+        else:
+            sample = {"image": self.crop(tile.image, draws), **_numbers(tile, index), **_label(target)}
         if isinstance(self.crop, WholeTile):
             sample["size"] = torch.tensor(tile.image.shape[1:])
         return sample
@@ -59,20 +88,30 @@ class TrainView(Dataset[Sample]):
 class EvaluationView(Dataset[Sample]):
     """The view without augmentation; samples as in ``TrainView``.
 
-    Where ``unreadable`` is not -1, image and label are those of the tile that stands in.
+    Where ``unreadable`` is not -1, image and target are those of the tile that stands in.
 
     Args:
         source: the dataset of raw tiles.
-        crop: the evaluation's crop.
+        crop: the evaluation's crop; tiles with masks are taken whole.
+        ignore_index: the value of a mask that is no class.
+        unlabelled: leave targets out.
     """
 
-    def __init__(self, source: TileSource, crop: EvaluationCrop) -> None:
+    def __init__(
+        self,
+        source: TileSource,
+        crop: EvaluationCrop,
+        ignore_index: int | None = None,
+        unlabelled: bool = False,
+    ) -> None:
         self.source = source
         self.crop = crop
+        self.ignore_index = ignore_index
+        self.unlabelled = unlabelled
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """(N,) class indices."""
+        """(N,) class indices, -1 where they are not listed."""
         return self._array("labels")
 
     @property
@@ -94,6 +133,14 @@ class EvaluationView(Dataset[Sample]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample of that index."""
+        """The sample of that index.
+
+        Raises:
+            DataError: if its target is not what the source says; see ``check_target``.
+        """
         tile = self.source.read(index)
-        return _sample(self.crop(tile.image), tile, index)
+        target = None if self.unlabelled else check_target(tile, self.source, index, self.ignore_index)
+        if isinstance(target, np.ndarray) and self.source.target == "mask":
+            image, mask = self.crop.with_mask(tile.image, target)
+            return {"image": image, **_numbers(tile, index), "mask": mask}
+        return {"image": self.crop(tile.image), **_numbers(tile, index), **_label(target)}

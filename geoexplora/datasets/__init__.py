@@ -4,6 +4,7 @@ from geoexplora.datasets.fmow_rgb import FMoWRGB
 from geoexplora.datasets.fmow_sentinel import FMoWSentinel
 from geoexplora.datasets.photographs import Photographs
 from geoexplora.datasets.sample import labelled_tiles, read_scene, unlabelled_tiles
+from geoexplora.datasets.sample_dataset import SampleTiles
 from geoexplora.datasets.sample_rgb_tree import write_fmow_rgb_tree
 from geoexplora.datasets.sample_tree import write_fmow_tree
 
@@ -11,6 +12,7 @@ __all__ = [
     "FMoWRGB",
     "FMoWSentinel",
     "Photographs",
+    "SampleTiles",
     "labelled_tiles",
     "read_scene",
     "unlabelled_tiles",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torchgeo.datasets import NonGeoDataset
 
 from geoexplora.bands import RGB
 from geoexplora.datasets.plot import plot_tile
-from geoexplora.datasets.tiles import Tile
+from geoexplora.datasets.tiles import TargetKind, Tile
 from geoexplora.errors import ConfigError
 
 Sample = dict[str, Any]
@@ -62,6 +63,7 @@ class Photographs(NonGeoDataset):
     """
 
     sensor = RGB
+    target: TargetKind = "none"
     classes: tuple[str, ...] = ()
 
     def __init__(
@@ -81,6 +83,10 @@ class Photographs(NonGeoDataset):
     def __len__(self) -> int:
         """Nominal number of samples."""
         return self.length
+
+    def path(self, index: int) -> Path:
+        """The name of the photograph that stands at an index."""
+        return Path(NAMES[range(len(self))[index] % len(NAMES)])
 
     def read(self, index: int) -> Tile:
         """The photograph that stands at an index, (C, h, w), uint8.

@@ -28,6 +28,9 @@ CLASSES = ("farm", "forest", "meadow", "residential", "water")
 BLOCKS = (2, 4)
 """Rows and columns of the area blocks, 3840 m wide each."""
 
+IGNORE = 255
+"""What a mask holds where no land use is known."""
+
 TIMESTAMP = np.datetime64("2017-02-16T10:21:01")
 """When the scene was taken (UTC)."""
 
@@ -134,6 +137,22 @@ def _land_use(classes: tuple[str, ...]) -> NDArray[np.uint8]:
         shapes, out_shape=scene.image.shape[1:], transform=scene.transform, fill=0, dtype="uint8"
     )
     return burned
+
+
+def class_mask(classes: Sequence[str] = CLASSES) -> NDArray[np.uint8]:
+    """The land use of each pixel of the scene.
+
+    Args:
+        classes: the land-use classes.
+
+    Returns:
+        (768, 1536), position in ``classes``, ``IGNORE`` where no polygon of theirs lies.
+
+    Raises:
+        ConfigError: if a class is unknown.
+    """
+    land_use = _land_use(tuple(classes))
+    return np.where(land_use == 0, np.uint8(IGNORE), land_use - 1)
 
 
 def unlabelled_tiles(tile_size: int | tuple[int, int] = 16, stride: int | None = None, seed: int = 0) -> Tiles:

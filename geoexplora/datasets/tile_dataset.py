@@ -17,7 +17,7 @@ from torchgeo.datasets import NonGeoDataset
 from geoexplora.bands import Sensor
 from geoexplora.datasets.fmow_index import OFFICIAL_CLASSES
 from geoexplora.datasets.plot import plot_tile
-from geoexplora.datasets.tiles import Tile, UnreadableTiles
+from geoexplora.datasets.tiles import TargetKind, Tile, UnreadableTiles
 
 Sample = dict[str, Any]
 
@@ -33,6 +33,7 @@ class TileDataset(NonGeoDataset, ABC):
 
     sensor: Sensor
     bands: tuple[str, ...]
+    target: TargetKind = "class"
     classes: tuple[str, ...]
     labels: NDArray[np.int64]
     location_ids: NDArray[np.int64]
@@ -96,7 +97,7 @@ class TileDataset(NonGeoDataset, ABC):
             self.note_unreadable(tile.unreadable)
         sample: Sample = {
             "image": torch.from_numpy(np.ascontiguousarray(tile.image, dtype=np.float32)),
-            "label": torch.tensor(tile.label),
+            "label": torch.tensor(tile.target),
             "unreadable": torch.tensor(tile.unreadable),
         }
         return self.transforms(sample) if self.transforms is not None else sample

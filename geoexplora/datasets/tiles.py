@@ -7,7 +7,7 @@ import struct
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import imagecodecs
 import numpy as np
@@ -20,7 +20,11 @@ from geoexplora.errors import DataError
 logger = logging.getLogger(__name__)
 
 Array = NDArray[Any]
-Load = Callable[[int], Array]
+TargetKind = Literal["none", "class", "multilabel", "mask", "value"]
+"""What a dataset says of its tiles: nothing, one of its classes, which of its classes, the class of each pixel, or a
+real number."""
+
+Target = int | float | Array | None
 
 # Tags of a TIFF file, and the types they come in.
 _WIDTH, _HEIGHT, _SAMPLES, _PLANAR, _NODATA = 256, 257, 277, 284, 42113
@@ -32,23 +36,36 @@ class Tile(NamedTuple):
 
     Attributes:
         image: (C, h, w), in the sensor's units, in the file's own type; not necessarily contiguous.
-        label: class index, or None without labels.
+        target: by the source's kind: a class index; (K,) 0 or 1 for each class; (h, w) class indices, in any integer
+            type; a real number; None.
         unreadable: index of the tile that was asked for, where another one had to stand in for it; else -1.
     """
 
     image: Array
-    label: int | None
+    target: Target
     unreadable: int
 
 
 class TileSource(Protocol):
-    """A dataset of raw tiles, which the datamodules crop and normalize."""
+    """A dataset of raw tiles, which the datamodules crop and normalize.
+
+    Attributes:
+        bands: names of the bands of an image.
+        sensor: the sensor that the bands belong to.
+        target: the kind of all tiles' targets.
+        classes: names of the K classes; empty where the target knows none, or the dataset does not tell.
+    """
 
     bands: tuple[str, ...]
     sensor: Sensor
+    target: TargetKind
+    classes: tuple[str, ...]
 
     def __len__(self) -> int:
         """Number of tiles."""
+
+    def path(self, index: int) -> Path:
+        """The file of a tile, or what names it in messages."""
 
     def read(self, index: int) -> Tile:
         """The raw tile of that index, or the one that stands in for it."""
@@ -188,7 +205,9 @@ class UnreadableTiles:
         """The largest bearable number."""
         return max(1, int(self.share * self.total))
 
-    def first_readable(self, wanted: int, load: Load, path: Callable[[int], Path]) -> tuple[int, Array]:
+    def first_readable[Loaded](
+        self, wanted: int, load: Callable[[int], Loaded], path: Callable[[int], Path]
+    ) -> tuple[int, Loaded]:
         """The first tile from the wanted one on that can be read.
 
         Args:
@@ -197,7 +216,7 @@ class UnreadableTiles:
             path: names its file.
 
         Returns:
-            Its index and image.
+            Its index and what was read.
 
         Raises:
             DataError: if more tiles in a row than bearable cannot be read.
@@ -211,7 +230,7 @@ class UnreadableTiles:
                 bad.append(f"{path(at)} ({error})")
         raise too_many(bad, self.total, self.share)
 
-    def look_again(self, index: int, load: Load, path: Path) -> None:
+    def look_again(self, index: int, load: Callable[[int], object], path: Path) -> None:
         """Note one whose reason is not known here: only its index comes from a worker.
 
         Args:

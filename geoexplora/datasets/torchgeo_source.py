@@ -1,4 +1,4 @@
-"""TorchGeo's datasets as sources of raw tiles: bands by name, labels where they are listed."""
+"""TorchGeo's datasets as sources of raw tiles: bands by name, and what is said of the images."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import random
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
@@ -15,8 +16,9 @@ from torch import Tensor
 from torchgeo.datasets import NonGeoDataset
 
 from geoexplora.bands import RGB, SENSORS, Sensor
-from geoexplora.datasets.tiles import Array, Tile, UnreadableTiles, UnusableTileError
+from geoexplora.datasets.tiles import Array, Target, Tile, UnreadableTiles, UnusableTileError
 from geoexplora.datasets.torchgeo_opening import FACTS
+from geoexplora.datasets.torchgeo_targets import class_names, listed_labels, read_target, target_kind
 from geoexplora.errors import ConfigError, DataError
 
 
@@ -24,10 +26,9 @@ class TorchGeoTiles:
     """The images of a TorchGeo dataset as raw tiles.
 
     The dataset's samples need an ``image`` (C, h, w) of any real type; sizes may vary. Bands are matched by name.
-    A tile has a label where the dataset lists its labels as ``targets``, as class folders do. Everything else is
-    unlabelled: masks, boxes, several labels an image, and labels that would take reading all images. TorchGeo knows
-    no locations: to ``location_ids`` all tiles lie at one. Where a dataset draws one of an image's seasons at random,
-    it is always the same one.
+    The samples tell the kind of target (``target_kind``); boxes are none. TorchGeo knows no locations: to
+    ``location_ids`` all tiles lie at one. Where a dataset draws one of an image's seasons at random, it is always the
+    same one.
 
     Args:
         dataset: the dataset.
@@ -36,13 +37,15 @@ class TorchGeoTiles:
         max_unreadable: the largest bearable share of unreadable images; one is always borne.
 
     Attributes:
-        classes: names of the classes; empty without labels.
-        labels: (N,) class indices, -1 without labels.
+        target: the kind of target.
+        classes: names of the classes; empty where the target knows none.
+        labels: (N,) class indices; -1 where they are not listed, as in class folders, and only reading a tile tells.
         location_ids: (N,) zeros.
         image_ids: (N,) what tells the images apart: checksums of the files' names where they are known.
 
     Raises:
-        DataError: if there is no readable image, or one of another shape or number of bands than expected.
+        DataError: if there is no readable image, one of another shape or number of bands than expected, or a listed
+            label is none of the classes.
         ConfigError: if the samples hold no image, the bands cannot be named, or a wanted one is not there.
     """
 
@@ -61,8 +64,8 @@ class TorchGeoTiles:
         self.unreadable = UnreadableTiles(len(dataset), max_unreadable)
         facts = FACTS.get(self.name)
         self._scale = facts.scale if facts else 1.0
-        _, image = self.unreadable.first_readable(0, self._load, self.path)
-        self._channels = len(image)
+        _, sample = self.unreadable.first_readable(0, self._sample, self.path)
+        self._channels = len(sample["image"])
         self.sensor, channels = name_channels(dataset, self._channels, sensor or (facts.sensor if facts else None))
         there = [band for band in self.sensor.band_names if band in channels]
         self.bands = self.sensor.select(there if bands is None else bands)
@@ -73,10 +76,11 @@ class TorchGeoTiles:
             )
         self._keep = [channels.index(band) for band in self.bands]
 
-        targets = getattr(dataset, "targets", None)
-        labelled = targets is not None and len(targets) == len(dataset)
-        self.classes: tuple[str, ...] = tuple(getattr(dataset, "classes", ())) if labelled else ()
-        self.labels: NDArray[np.int64] = np.array(targets if labelled else np.full(len(dataset), -1), dtype=np.int64)
+        names = class_names(dataset)
+        self.target = target_kind(dataset, sample, names)
+        self.classes: tuple[str, ...] = names if self.target in {"class", "multilabel", "mask"} else ()
+        listed = listed_labels(dataset, names) if self.target == "class" else None
+        self.labels = np.full(len(dataset), -1, dtype=np.int64) if listed is None else listed
         self.location_ids = np.zeros(len(dataset), dtype=np.int64)
         self.image_ids = _image_ids(dataset)
 
@@ -86,8 +90,16 @@ class TorchGeoTiles:
 
     def path(self, index: int) -> Path:
         """The file of a tile where the dataset lists its files, else its number in the form of one."""
-        samples = getattr(self.dataset, "samples", None)
-        return Path(samples[index][0] if samples else f"image {index} of {self.name}")
+        for attribute in ("samples", "files", "folders"):
+            listed = getattr(self.dataset, attribute, None)
+            entry: Any = listed[index] if isinstance(listed, list | tuple) and len(listed) == len(self) else None
+            if isinstance(entry, dict):
+                entry = entry.get("image", entry.get("s2"))
+            elif isinstance(entry, tuple):
+                entry = entry[0]
+            if isinstance(entry, str | Path):
+                return Path(entry)
+        return Path(f"image {index} of {self.name}")
 
     def read(self, index: int) -> Tile:
         """Read a raw tile, or the next readable one in its stead, without taking note of it.
@@ -100,12 +112,12 @@ class TorchGeoTiles:
             band's other pixels; a tile with a band of nothing else counts as unreadable.
 
         Raises:
-            DataError: if the image is not what it should be, or more in a row than bearable are unreadable.
+            DataError: if image or target are not what they should be, or more in a row than bearable are unreadable.
             IndexError: if there is no such tile.
         """
         wanted = range(len(self))[index]
-        at, image = self.unreadable.first_readable(wanted, self._image, self.path)
-        return Tile(image, int(self.labels[at]) if self.classes else None, wanted if at != wanted else -1)
+        at, (image, target) = self.unreadable.first_readable(wanted, self._load, self.path)
+        return Tile(image, target, wanted if at != wanted else -1)
 
     def note_unreadable(self, index: int) -> None:
         """Count an unreadable tile, and name it with the reason, found by looking at it again.
@@ -113,11 +125,16 @@ class TorchGeoTiles:
         Raises:
             DataError: if more distinct tiles than bearable were unreadable.
         """
-        self.unreadable.look_again(index, self._image, self.path(index))
+        self.unreadable.look_again(index, self._load, self.path(index))
 
-    def _image(self, index: int) -> Array:
-        """The wanted bands of a tile, in the sensor's units."""
-        image = self._load(index)
+    def _load(self, index: int) -> tuple[Array, Target]:
+        """The wanted bands of a tile, in the sensor's units, and its target."""
+        sample = self._sample(index)
+        listed = int(self.labels[index])
+        target = read_target(sample, self.target, self.path(index)) if listed < 0 else listed
+        return self._image(sample["image"].numpy(), index), target
+
+    def _image(self, image: Array, index: int) -> Array:
         if len(image) != self._channels:
             raise DataError(
                 f"{self.path(index)} has {len(image)} bands, not {self._channels}",
@@ -138,12 +155,12 @@ class TorchGeoTiles:
         means = np.where(valid, image, 0).sum((1, 2), dtype=np.float64) / counts
         return np.where(valid, image, means.astype(image.dtype)[:, None, None])
 
-    def _load(self, index: int) -> Array:
-        """A whole image (C, h, w)."""
+    def _sample(self, index: int) -> dict[str, Any]:
+        """What the dataset gives, known to hold an ``image`` (C, h, w)."""
         state = random.getstate()
         random.seed(index)  # of the datasets that draw a season
         try:
-            sample = self.dataset[index]
+            sample: dict[str, Any] = self.dataset[index]
         except (OSError, RasterioError, SyntaxError) as error:  # Pillow calls a broken PNG a syntax error
             raise UnusableTileError(self._reason(error, index)) from error
         except (RuntimeError, LookupError, ValueError, TypeError) as error:
@@ -165,7 +182,7 @@ class TorchGeoTiles:
                 f"an image of TorchGeo's {self.name} has the shape {tuple(image.shape)}{series}",
                 "Only images of bands x height x width can be read: name another dataset.",
             )
-        return image.numpy()
+        return sample
 
     def _reason(self, error: Exception, index: int) -> str:
         if isinstance(error, PIL.UnidentifiedImageError):

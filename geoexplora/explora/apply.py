@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
-import peft
-from timm.layers import Attention
 from torch import nn
 
 from geoexplora.errors import ConfigError
-from geoexplora.explora.attention import SplitAttention
 from geoexplora.explora.config import ExploraConfig
+from geoexplora.explora.injection import inject, lora_settings, refuse_adapters
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 EMBEDDINGS = ("patch_embed", "pos_embed", "channel_embed", "channel_cls_embed")
-ADAPTER = "default"
 
 
 def apply_explora(encoder: Any, config: ExploraConfig) -> None:
@@ -31,7 +28,7 @@ def apply_explora(encoder: Any, config: ExploraConfig) -> None:
             LoRA was asked for but no block is left to carry it, or the attention cannot be split. The model is then
             unchanged.
     """
-    _refuse_lora(encoder)
+    refuse_adapters(encoder)
     depth = len(encoder.blocks)
     outside = [number for number in config.whole_blocks if not 1 <= number <= depth]
     if outside:
@@ -40,7 +37,7 @@ def apply_explora(encoder: Any, config: ExploraConfig) -> None:
     if config.rank:
         if not others:
             raise ConfigError("every block is trained whole: none is left for LoRA", "Use --rank 0 or --mode full.")
-        add_lora(encoder, config, others, config.rank)
+        inject(encoder, lora_settings(config.rank, config.alpha), others, config.targets)
     for name, parameter in encoder.named_parameters():
         parameter.requires_grad_(".lora_" in name)
     for number in config.whole_blocks:
@@ -68,7 +65,7 @@ def apply_explora_to_decoder(decoder: Any, config: ExploraConfig, pretrained: bo
     Raises:
         ConfigError: if the decoder carries LoRA already, or the decoder's rank exceeds its width.
     """
-    _refuse_lora(decoder)
+    refuse_adapters(decoder)
     encodings = [decoder.pos_embed] if decoder.groups is None else [decoder.pos_embed, decoder.channel_embed]
     if not pretrained:
         decoder.requires_grad_(True)
@@ -76,53 +73,14 @@ def apply_explora_to_decoder(decoder: Any, config: ExploraConfig, pretrained: bo
             encoding.requires_grad_(False)
         return
     if config.decoder_rank:
-        add_lora(decoder, config, range(1, len(decoder.blocks) + 1), config.decoder_rank)
+        settings = lora_settings(config.decoder_rank, config.alpha)
+        inject(decoder, settings, range(1, len(decoder.blocks) + 1), config.targets)
     for name, parameter in decoder.named_parameters():
         parameter.requires_grad_(".lora_" in name)
     if config.norms:
         unfreeze_norms(decoder)
     if new_bands:
         decoder.pred.requires_grad_(True)
-
-
-def add_lora(model: Any, config: ExploraConfig, numbers: Any, rank: int) -> None:
-    """Split the attention of the numbered blocks (1-based) and give its targets LoRA, in place.
-
-    Raises:
-        ConfigError: if the model carries LoRA already, the rank exceeds its width, or its blocks have no attention
-            that can be split. The model is then unchanged.
-    """
-    _refuse_lora(model)
-    for number in numbers:
-        attention = model.blocks[number - 1].attn
-        if type(attention) is not Attention and not isinstance(attention, SplitAttention):
-            raise ConfigError(f"cannot split {type(attention).__name__} in block {number}", "Use a plain timm ViT.")
-        if rank > (width := attention.proj.in_features):
-            raise ConfigError(f"LoRA rank {rank} exceeds the width {width}", f"Use at most {width}.")
-    wanted = []
-    for number in numbers:
-        block = model.blocks[number - 1]
-        if type(block.attn) is Attention:
-            block.attn = SplitAttention.from_fused(block.attn)
-        wanted += [f"blocks.{number - 1}.attn.{target}" for target in config.targets]
-    lora = peft.LoraConfig(
-        r=rank, lora_alpha=cast(int, config.alpha or rank), target_modules=wanted, lora_dropout=0.0, bias="none"
-    )
-    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    peft.inject_adapter_in_model(lora, model, ADAPTER)
-    # A target list with a wrong name passes peft silently.
-    hit = [name for name, module in model.named_modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
-    if sorted(hit) != sorted(wanted):
-        raise ConfigError(f"LoRA matched {len(hit)} of {len(wanted)} projections", f"Expected {wanted}.")
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trainable or ".lora_" in name)
-    # peft shortens long lists of targets (to "q_proj", ...), which would hit the whole blocks of a reloaded model too.
-    model.peft_config[ADAPTER].target_modules = set(wanted)
-
-
-def _refuse_lora(model: Any) -> None:
-    if hasattr(model, "peft_config"):
-        raise ConfigError("the model already carries LoRA", "Merge it first: geoexplora.explora.merge_lora(model).")
 
 
 def unfreeze_norms(model: nn.Module) -> None:

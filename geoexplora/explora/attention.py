@@ -106,7 +106,9 @@ class SplitAttention(Attention):
         if all(is_fusible(layer) for layer in layers):
             projected = lora_projections(x, layers).chunk(3, dim=-1)
         else:
-            projected = tuple(layer(x) for layer in layers)
+            # As rows: AdaLoRA adds to its linear layer's output in place, and oneDNN's of (B, N, D) would be a view.
+            rows = x.flatten(0, -2)
+            projected = tuple(layer(rows).unflatten(0, x.shape[:-1]) for layer in layers)
         q, k, v = (y.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2) for y in projected)
         x = attend(
             self.q_norm(q),

@@ -13,10 +13,11 @@ from geoexplora.explora.attention import SplitAttention
 
 
 def merge_lora(model: Any) -> Any:
-    """Merge LoRA and fuse the projections, in place.
+    """Merge LoRA, DoRA or AdaLoRA and fuse the projections, in place.
 
     Args:
-        model: a ViT or MAE decoder after ``apply_explora``; one without LoRA is returned as it is.
+        model: a ViT or MAE decoder after ``apply_explora`` or ``apply_finetuning``; one without LoRA is
+            returned as it is.
 
     Returns:
         The same object, with stock timm attention and without a trace of peft.

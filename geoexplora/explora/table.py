@@ -57,7 +57,7 @@ def part_of(name: str, norms: frozenset[str], whole_blocks: Iterable[int]) -> st
         norms: names of all parameters of normalization layers.
         whole_blocks: 1-based numbers of the blocks trained whole.
     """
-    if ".lora_" in name:
+    if ".lora_" in name or ".ranknum." in name:  # AdaLoRA's constant divisor
         return "LoRA"
     block = re.match(r"blocks\.(\d+)\.", name)
     if block and int(block[1]) + 1 in set(whole_blocks):
@@ -81,7 +81,7 @@ def parameter_table(encoder: nn.Module, whole_blocks: Iterable[int] = (), **head
     """Count trainable and frozen parameters by part.
 
     Args:
-        encoder: the ViT, after ``apply_explora``.
+        encoder: the ViT, after ``apply_explora`` or ``apply_finetuning``.
         whole_blocks: 1-based numbers of the blocks trained whole.
         heads: further modules by name, such as ``decoder``; each is one part.
 

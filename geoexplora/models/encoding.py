@@ -51,7 +51,15 @@ def transform(encoder: Any, tokens: Tensor) -> Tensor:
     return encoder.norm(tokens)
 
 
-def set_drop_path(encoder: Any, rate: float) -> None:
-    """Give every block the same rate of stochastic depth, as DINOv2 does; timm's own rises with depth. In place."""
-    for block in encoder.blocks:
-        block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+def set_drop_path(encoder: Any, rate: float, rising: bool = False) -> None:
+    """Give blocks stochastic depth, in place.
+
+    Args:
+        encoder: a timm-style ViT.
+        rate: of every block, as in DINOv2's pre-training; or of the last one.
+        rising: from 0 in the first block evenly to ``rate`` in the last, as in fine-tuning (timm, MAE).
+    """
+    last = max(1, len(encoder.blocks) - 1)
+    for number, block in enumerate(encoder.blocks):
+        share = rate * number / last if rising else rate
+        block.drop_path1, block.drop_path2 = DropPath(share), DropPath(share)

@@ -58,12 +58,17 @@ class RunFolder:
         self.encoder_file = self.path / "encoder.safetensors"
         self.decoder_file = self.path / "decoder.safetensors"
         self.heads_file = self.path / "heads.safetensors"
+        self.task_head_file = self.path / "task_head.safetensors"
+        self.best_file = self.checkpoints / "best.pt"
+        self.predictions_file = self.path / "predictions.csv"
         self.adapter = self.path / "adapter"
         self.plots = self.path / "plots"
         self.loss_plot = self.plots / "loss.png"
         self.health_plot = self.plots / "health.png"
         self.reconstruction_plot = self.plots / "reconstruction.png"
         self.features_plot = self.plots / "features.png"
+        self.predictions_plot = self.plots / "predictions.png"
+        self.confusion_plot = self.plots / "confusion.png"
         self.features_before = self.plots / "features-before.npz"
         self._lock = FolderLock(self.path)
 

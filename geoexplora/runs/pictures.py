@@ -9,18 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from geoexplora.bands import Sensor
+from geoexplora.runs.colours import Array, as_array, channels_last, colour_limits, shown_bands, stretch
 from geoexplora.runs.figures import save_figure
-
-Array = npt.NDArray[np.float64]
-
-_HIDDEN = 0.5
-_STRETCH = (2.0, 98.0)
 
 
 def plot_reconstruction(
@@ -35,7 +29,7 @@ def plot_reconstruction(
 ) -> None:
     """Draw input, what the encoder saw of it, and the reconstruction, side by side, a row for each image.
 
-    The stretch to the visible range is that of the input (2nd to 98th percentile of each band), for all three.
+    The stretch to the visible range is that of the input (``colour_limits``), for all three.
 
     Args:
         target: the PNG to write, whole or not at all.
@@ -54,13 +48,10 @@ def plot_reconstruction(
     """
     if not images.shape == masked.shape == reconstructions.shape or images.shape[1] != len(bands):
         raise ValueError(f"shapes differ: {images.shape}, {masked.shape}, {reconstructions.shape}, {len(bands)} bands")
-    at, title = _shown(bands, sensor, shown)
-    inputs, seen, rebuilt = (_last(x[:, at]) for x in (images, masked, reconstructions))
-    limits = [_limits(picture) for picture in inputs]
-    columns = {
-        label: [_stretch(picture, *limit) for picture, limit in zip(pictures, limits, strict=True)]
-        for label, pictures in {"input": inputs, "masked": seen, "reconstruction": rebuilt}.items()
-    }
+    at, title = shown_bands(bands, sensor, shown)
+    limits = colour_limits(channels_last(images[:, at]))
+    kinds = {"input": images, "masked": masked, "reconstruction": reconstructions}
+    columns = {label: stretch(channels_last(kind[:, at]), *limits) for label, kind in kinds.items()}
     _save_grid(target, columns, title)
 
 
@@ -98,54 +89,14 @@ def plot_features(
     if wrong or images.shape[1] != len(bands):
         shapes = [tuple(x.shape) for x in features.values()]
         raise ValueError(f"shapes differ: {images.shape}, {shapes}, {len(bands)} bands")
-    at, title = _shown(bands, sensor, shown)
-    inputs = [_stretch(picture, *_limits(picture)) for picture in _last(images[:, at])]
-    columns = {"input": inputs} | {label: list(_array(x)) for label, x in features.items()}
+    at, title = shown_bands(bands, sensor, shown)
+    inputs = channels_last(images[:, at])
+    columns = {"input": stretch(inputs, *colour_limits(inputs))} | {k: as_array(x) for k, x in features.items()}
     _save_grid(target, columns, f"{title}\nfeatures: first three principal components as red, green, blue")
 
 
-def colour_bands(bands: Sequence[str], sensor: Sensor) -> tuple[tuple[str, str, str], str]:
-    """Which bands to draw as red, green and blue, and what to call that.
-
-    Args:
-        bands: names of the bands at hand.
-        sensor: their sensor.
-    """
-    common = {sensor.band(name).common_name: name for name in bands}
-    if {"red", "green", "blue"} <= common.keys():
-        return (common["red"], common["green"], common["blue"]), "true colour"
-    by_wavelength = sorted(bands, key=lambda name: sensor.band(name).wavelength, reverse=True)
-    chosen = (by_wavelength[0], by_wavelength[len(by_wavelength) // 2], by_wavelength[-1])
-    return chosen, f"false colour {', '.join(chosen)}"
-
-
-def _shown(bands: Sequence[str], sensor: Sensor, shown: Sequence[str] | None) -> tuple[list[int], str]:
-    """Positions of the bands to draw as red, green and blue, and the title that says so."""
-    colours, title = colour_bands(bands, sensor) if shown is None else (sensor.select(shown), ", ".join(shown))
-    return [list(bands).index(name) for name in colours], f"{sensor.name}, {title}"
-
-
-def _array(x: Tensor) -> Array:
-    return x.detach().cpu().double().numpy()
-
-
-def _last(x: Tensor) -> Array:
-    """(N, 3, H, W) to (N, H, W, 3)."""
-    return _array(x.permute(0, 2, 3, 1))
-
-
-def _limits(picture: Array) -> tuple[Array, Array]:
-    low, high = np.nanpercentile(picture, _STRETCH, axis=(0, 1))
-    return low, np.where(high > low, high, low + 1)
-
-
-def _stretch(picture: Array, low: Array, high: Array) -> Array:
-    scaled = np.clip((picture - low) / (high - low), 0, 1)
-    return np.where(np.isnan(scaled).any(axis=-1, keepdims=True), _HIDDEN, scaled)
-
-
-def _save_grid(target: Path, columns: dict[str, list[Array]], title: str) -> None:
-    """Draw pictures (any size, 3) of 0-1, a titled column for each kind and a row for each image, of one size."""
+def _save_grid(target: Path, columns: dict[str, Array], title: str) -> None:
+    """Draw pictures (N, any size, 3) of 0-1, a titled column for each kind and a row for each image, of one size."""
     count = len(next(iter(columns.values())))
     height, width, _ = next(iter(columns.values()))[0].shape
     lines = title.count("\n") + 1

@@ -7,7 +7,7 @@ from inspect import signature
 from typing import Any
 
 from geoexplora.datamodules.tiles import TilesDataModule
-from geoexplora.tasks.dinov2_task import ExPLoRADINOv2
+from geoexplora.tasks.dinov2_task import ExPLoRADINOv2, load_size
 from geoexplora.tasks.mae_task import ExPLoRAPretrain
 from geoexplora.tasks.pretrain_task import PretrainTask
 from geoexplora.tasks.schedule import Schedule
@@ -56,4 +56,4 @@ def whole_tile_size(options: Any) -> int | None:
     """The square that whole tiles are read at for DINOv2's crops; ``None`` where the loaders cut them."""
     if options.objective != "dinov2":
         return None
-    return int(options.load_size or math.ceil(options.image_size / math.sqrt(options.global_scale[0])))
+    return int(options.load_size or load_size(options.image_size, options.global_scale))

@@ -8,19 +8,21 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader, Subset
 
 from geoexplora.datamodules.sampling import generator
 from geoexplora.datamodules.tiles import TilesDataModule
 from geoexplora.errors import RunError
 from geoexplora.runs.metrics import Metrics, read_metrics
-from geoexplora.tasks.classifiers import knn_classifier, score
 from geoexplora.tasks.exports import RunExport
-from geoexplora.tasks.features import extract_features, feature_health
+from geoexplora.tasks.features import LabelledFeatures, extract_features, feature_health
 from geoexplora.tasks.health import FinitenessGuard, HealthWatch
+from geoexplora.tasks.probe.knn import knn_predict, usable_neighbours
+from geoexplora.tasks.probe.rows import FeatureRows
 from geoexplora.weights.write import not_finite
 
 log = logging.getLogger(__name__)
@@ -142,7 +144,7 @@ class MetricsWriter(Callback):
             RunError: if the loss was not finite since the last row.
         """
         self._guard.note(outputs["value"], batch)
-        self._outputs.append({name: outputs[name] for name in ("value", "parts", "features")})
+        self._outputs.append({name: outputs[name] for name in ("value", "parts", "features") if name in outputs})
         step = trainer.global_step
         if step == self._step:
             return
@@ -158,9 +160,9 @@ class MetricsWriter(Callback):
         if trainer.is_global_zero:
             rate = (step - self._timed_from) * self.images_per_step / self.clock.lap()
             self._timed_from = step
-            features = torch.cat([one["features"] for one in collected])
             row = {"step": step, **dict(zip(parts, means.tolist(), strict=True))}
             row |= {"lr": self._rate, "weight_decay": self._decay, "grad_norm": self._norm}
+            features = torch.cat([one["features"] for one in collected if "features" in one] or [torch.empty(0)])
             row |= feature_health(features) if len(features) > 1 else {}
             self.metrics.append(row | {"images_per_second": rate})
             self.watch(row)
@@ -243,17 +245,18 @@ class KNNProbe(Callback):
         trainer.strategy.barrier()
         self.clock.go_on()
 
-    def _accuracy(self, train: Any, test: Any) -> float:
-        features = torch.cat([train[0], test[0]]).numpy()
-        labels = torch.cat([train[1], test[1]]).numpy()
-        first = torch.arange(len(train[0])).numpy()
-        second = torch.arange(len(train[0]), len(features)).numpy()
-        return score(knn_classifier(self.k, len(first)), features, labels, [(first, second)]).accuracy
+    def _accuracy(self, train: LabelledFeatures, test: LabelledFeatures) -> float:
+        """As ``geoexplora probe`` measures it."""
+        labels = np.concatenate([train.labels, test.labels])
+        first, second = np.arange(len(train.labels)), np.arange(len(train.labels), len(labels))
+        rows = FeatureRows([train.features, test.features])
+        neighbours = usable_neighbours([self.k], len(first))
+        predicted = knn_predict(rows, labels, first, second, neighbours, int(labels.max()) + 1)
+        return float((predicted[0] == test.labels).mean())
 
-    def _features(self, task: Any, split: str, most: int, precision: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    def _features(self, task: Any, split: str, most: int, precision: torch.dtype | None) -> LabelledFeatures:
         dataset = self.datamodule.eval_dataset(split)
         kept = torch.randperm(len(dataset), generator=generator(self.datamodule.seed))[:most].tolist()
         loader = DataLoader(Subset(dataset, kept), self.datamodule.batch_size, num_workers=self.datamodule.num_workers)
         check = partial(self.datamodule.check_unreadable, split=split)
-        found = extract_features(task.encoder, loader, task.pool, task.device, precision, check)
-        return torch.from_numpy(found.features), torch.from_numpy(found.labels)
+        return extract_features(task.encoder, loader, task.pool, task.device, precision, check)

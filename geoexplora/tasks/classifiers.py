@@ -72,12 +72,9 @@ def score(classifier: Pipeline, features: Floats, labels: Labels, folds: Folds) 
     Raises:
         DataError: if training samples are of one class only.
     """
-    truth, predicted, classes = [], [], 0
+    classes = count_classes(labels, folds)
+    truth, predicted = [], []
     for train, test in folds:
-        found = np.unique(labels[train])
-        if len(found) < 2:
-            raise DataError("the training samples are all of one class", "A probe needs labels of two classes or more.")
-        classes = max(classes, len(found))
         with threadpool_limits(limits=1):  # on matrices this small threads cost more than they give
             classifier.fit(features[train], labels[train])
             predicted.append(classifier.predict(features[test]))
@@ -86,6 +83,18 @@ def score(classifier: Pipeline, features: Floats, labels: Labels, folds: Folds) 
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # a class without test samples counts nothing
         balanced = float(balanced_accuracy_score(y, z))
     return Scores(float(accuracy_score(y, z)), balanced, len(y), classes)
+
+
+def count_classes(labels: Labels, folds: Folds) -> int:
+    """Number of classes among the training samples, the most of all folds.
+
+    Raises:
+        DataError: if there is only one in a fold.
+    """
+    counts = [len(np.unique(labels[train])) for train, _ in folds]
+    if min(counts) < 2:
+        raise DataError("the training samples are all of one class", "A probe needs labels of two classes or more.")
+    return max(counts)
 
 
 def leave_locations_out(locations: Labels, most: int = 10) -> Folds:

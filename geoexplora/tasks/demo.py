@@ -32,7 +32,7 @@ from geoexplora.tasks.classifiers import (
 )
 from geoexplora.tasks.exports import reconstruct
 from geoexplora.tasks.features import extract_features
-from geoexplora.tasks.pretraining import open_data
+from geoexplora.tasks.opening import open_data
 from geoexplora.tasks.schedule import Schedule
 from geoexplora.transforms.normalization import Normalization
 from geoexplora.weights.load import load_encoder

@@ -6,6 +6,8 @@ Shapes: B batch, C bands, S side of a global crop.
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Sequence
 from random import Random
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from geoexplora.bands import SENSORS
 from geoexplora.datamodules.sampling import generator
+from geoexplora.datamodules.tiles import TilesDataModule
 from geoexplora.objectives.block_masking import block_masks
 from geoexplora.objectives.dinov2 import GLOBAL_CROPS, Centering, DINOv2, HeadSizes
 from geoexplora.tasks.optimization import cosine
@@ -25,6 +28,11 @@ from geoexplora.weights.files import read_heads
 from geoexplora.weights.source_weights import SourceWeights
 
 log = logging.getLogger(__name__)
+
+
+def load_size(image_size: int, global_scale: Sequence[float]) -> int:
+    """Side of whole tiles at which the smallest global crop needs no enlarging."""
+    return math.ceil(image_size / math.sqrt(global_scale[0]))
 
 
 class ExPLoRADINOv2(PretrainTask):
@@ -107,6 +115,14 @@ class ExPLoRADINOv2(PretrainTask):
         """The student's projection heads and mask token."""
         return {"heads": self.model.student.heads}
 
+    def setup(self, stage: str) -> None:
+        """Have a datamodule of this package give whole tiles, where nobody has said so."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if isinstance(datamodule, TilesDataModule) and datamodule.whole_tiles is None:
+            datamodule.whole_tiles = load_size(self.hparams["image_size"], self.hparams["global_scale"])
+            datamodule.setup(stage)
+        super().setup(stage)
+
     def build_objective(self, encoder: Any, decoder: nn.Module | None, source: SourceWeights | None) -> DINOv2:
         """Student and teacher; crops and augmentation."""
         h = self.hparams
@@ -155,6 +171,7 @@ class ExPLoRADINOv2(PretrainTask):
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Crops, one pass of teacher and student, losses; see ``PretrainTask``."""
         seeds, step = self.batch_seeds(), self.trainer.global_step
+        batch = self.adapted(batch)
         images = batch["image"]
         sizes = batch["size"].cpu() if "size" in batch else torch.tensor([images.shape[-2:]] * len(images))
         draws = generator(self.hparams["seed"], *seeds)

@@ -1,12 +1,14 @@
 """Features of a frozen encoder, and what their spread says of its health.
 
-Shapes: B batch, N images, C bands, S image side, G channel groups, L positions, D width.
+Shapes: B batch, N images, C bands, S image side, G channel groups, L positions, D width, n blocks, F features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -35,6 +37,105 @@ def pool_tokens(tokens: Tensor, groups: int, pool: Pool, prefix_tokens: int = 1)
     return tokens[:, prefix_tokens:].unflatten(1, (groups, -1)).mean(2).flatten(1)
 
 
+def normalizes_pooled(encoder: Any) -> bool:
+    """Whether the encoder's norm comes after pooling (timm's ``fc_norm``), so that its tokens are not normalized."""
+    return isinstance(encoder.norm, nn.Identity)
+
+
+def pooled_features(encoder: Any, images: Tensor, pool: Pool) -> Tensor:
+    """The features that ``--pool`` names.
+
+    Args:
+        encoder: a timm-style ViT.
+        images: (B, C, S, S).
+        pool: see ``pool_tokens``; the mean of an encoder that normalizes after pooling is over all groups at once.
+
+    Returns:
+        (B, G * D) or (B, D).
+    """
+    tokens = encoder.forward_features(images)
+    if pool == "mean" and normalizes_pooled(encoder):
+        return encoder.forward_head(tokens, pre_logits=True)
+    return pool_tokens(tokens, getattr(encoder, "num_groups", 1), pool, encoder.num_prefix_tokens)
+
+
+@dataclass(frozen=True)
+class ProbeFeatures:
+    """All that a probe looks at, side by side: class tokens of the last blocks, then the mean patch token.
+
+    The order makes every set of features that the probe learns from a range of neighbouring columns.
+
+    Attributes:
+        width: D.
+        blocks: n, of how many last blocks the class token is taken.
+        mean_width: columns of the mean patch token: G * D, or D where the norm comes after pooling.
+    """
+
+    width: int
+    blocks: int
+    mean_width: int
+
+    @classmethod
+    def of(cls, encoder: Any, blocks: int = 4) -> ProbeFeatures:
+        """Those of an encoder; of a shallow one, all its blocks."""
+        groups = 1 if normalizes_pooled(encoder) else getattr(encoder, "num_groups", 1)
+        return cls(encoder.embed_dim, min(blocks, len(encoder.blocks)), groups * encoder.embed_dim)
+
+    @property
+    def size(self) -> int:
+        """Number F of columns."""
+        return self.blocks * self.width + self.mean_width
+
+    def columns(self, pool: Pool) -> slice:
+        """Where the features lie that ``--pool`` names."""
+        end = self.blocks * self.width
+        return slice(end, self.size) if pool == "mean" else slice(end - self.width, end)
+
+    def sets(self) -> dict[str, slice]:
+        """The sets of features of DINOv2's linear probe, and the mean patch token alone, by name."""
+        end = self.blocks * self.width
+        found = {"cls-1": slice(end - self.width, end), "cls-1+mean": slice(end - self.width, self.size)}
+        if self.blocks > 1:
+            found |= {f"cls-{self.blocks}": slice(0, end), f"cls-{self.blocks}+mean": slice(0, self.size)}
+        return found | {"mean": slice(end, self.size)}
+
+    def __call__(self, encoder: Any, images: Tensor) -> Tensor:
+        """Compute them in one forward pass.
+
+        Args:
+            encoder: a timm-style ViT.
+            images: (B, C, S, S).
+
+        Returns:
+            (B, F). Tokens of earlier blocks go through the final norm too (Oquab et al. 2023, DINOv2).
+        """
+        taken = encoder.forward_intermediates(
+            images, indices=self.blocks, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
+        )
+        norm = encoder.fc_norm if normalizes_pooled(encoder) else encoder.norm
+        classes = [norm(prefix[:, 0]) for _, prefix in taken]
+        patches = taken[-1][0]
+        if normalizes_pooled(encoder):
+            mean = norm(patches.mean(1))
+        else:
+            mean = norm(patches).unflatten(1, (getattr(encoder, "num_groups", 1), -1)).mean(2).flatten(1)
+        return torch.cat([*classes, mean], dim=1)
+
+
+class FeatureBatch(NamedTuple):
+    """Features of a batch's readable images.
+
+    Attributes:
+        features: (N, F), float32, on the CPU.
+        labels: (N,), -1 where there are none.
+        kept: (all images,), which of them were readable.
+    """
+
+    features: Tensor
+    labels: Tensor
+    kept: Tensor
+
+
 class LabelledFeatures(NamedTuple):
     """Features of a dataset's readable images.
 
@@ -61,6 +162,33 @@ def evaluating(model: nn.Module) -> Any:
         model.train(was_training)
 
 
+def read_features(
+    encode: Callable[[Tensor], Tensor],
+    batches: Iterable[dict[str, Tensor]],
+    device: torch.device | str = "cpu",
+    check: Callable[[dict[str, Tensor]], None] | None = None,
+) -> Iterator[FeatureBatch]:
+    """Compute features batch by batch.
+
+    Args:
+        encode: (B, C, S, S) to (B, F), on the device.
+        batches: dictionaries with ``image`` (B, C, S, S) and, where there are labels, ``label`` (B,).
+        device: where to compute.
+        check: called with every batch first, such as the datamodule's ``check_unreadable``.
+
+    Yields:
+        The features of each batch.
+    """
+    for batch in batches:
+        if check is not None:
+            check(batch)
+        images = batch["image"]
+        kept = batch.get("unreadable", torch.full((len(images),), -1)) < 0
+        with torch.inference_mode():
+            features = encode(images[kept].to(device, non_blocking=True)).float().cpu()
+        yield FeatureBatch(features, batch.get("label", torch.full((len(images),), -1))[kept], kept)
+
+
 def extract_features(
     encoder: Any,
     batches: Iterable[dict[str, Tensor]],
@@ -69,37 +197,24 @@ def extract_features(
     autocast: torch.dtype | None = None,
     check: Callable[[dict[str, Tensor]], None] | None = None,
 ) -> LabelledFeatures:
-    """Run an encoder over batches.
+    """Pooled features of so few images that they fit in memory, as an encoder is amid its training.
 
     Args:
         encoder: a timm-style ViT.
-        batches: dictionaries with ``image`` (B, C, S, S) and, where there are labels, ``label`` (B,).
+        batches: see ``read_features``.
         pool: see ``pool_tokens``.
         device: where the encoder is.
         autocast: compute in this type where safe.
-        check: called with every batch first, such as the datamodule's ``check_unreadable``.
+        check: see ``read_features``.
 
     Returns:
         Features and labels of the readable images; labels are -1 where there are none.
     """
-    groups = getattr(encoder, "num_groups", 1)
-    device = torch.device(device)
-    features, labels, kept = [], [], []
-    with evaluating(encoder), torch.autocast(device.type, autocast, enabled=autocast is not None):
-        for batch in batches:
-            if check is not None:
-                check(batch)
-            images = batch["image"]
-            real = batch.get("unreadable", torch.full((len(images),), -1)) < 0
-            tokens = encoder.forward_features(images[real].to(device, non_blocking=True))
-            if pool == "mean" and isinstance(encoder.norm, nn.Identity):  # its norm comes after pooling
-                pooled = encoder.forward_head(tokens, pre_logits=True)
-            else:
-                pooled = pool_tokens(tokens, groups, pool, encoder.num_prefix_tokens)
-            features.append(pooled.float().cpu())
-            labels.append(batch.get("label", torch.full((len(images),), -1))[real])
-            kept.append(real)
-    return LabelledFeatures(torch.cat(features).numpy(), torch.cat(labels).numpy(), torch.cat(kept).numpy())
+    encode = partial(pooled_features, encoder, pool=pool)
+    with evaluating(encoder), torch.autocast(torch.device(device).type, autocast, enabled=autocast is not None):
+        found = list(read_features(encode, batches, device, check))
+    features, labels, kept = (torch.cat(part).numpy() for part in zip(*found, strict=True))
+    return LabelledFeatures(features, labels, kept)
 
 
 def feature_health(features: Tensor) -> dict[str, float]:

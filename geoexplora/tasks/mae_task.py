@@ -17,15 +17,19 @@ from geoexplora.models.masked_autoencoder import MaskedAutoencoder
 from geoexplora.objectives.mae import Pairing, mae_loss
 from geoexplora.objectives.masking import TokenMask, mask_from_noise, noise_shape
 from geoexplora.tasks.pretrain_task import PretrainTask, freeze_encodings
+from geoexplora.transforms.multi_crop import MultiCrop
 from geoexplora.weights.source_weights import SourceWeights
 
 
 class ExPLoRAPretrain(PretrainTask):
     """Masked-autoencoder pre-training of a plain or group-channel ViT (ExPLoRA, ICML 2025, arXiv 2406.10973).
 
-    Batches hold ``image`` (B, C, S, S), normalized.
+    Batches hold ``image`` (B, C, S, S), normalized; or whole tiles (B, C, H, H) with ``size`` (B, 2), the height and
+    width that they had before they were made square, as TorchGeo's datamodules give them: then random crops are cut
+    on the device.
 
     Args:
+        crop_scale: smallest and largest share of a whole tile's area in a crop.
         decoder_rank: LoRA rank in a decoder that comes with the source.
         decoder_width: decoder's token width.
         decoder_depth: decoder's blocks.
@@ -44,6 +48,7 @@ class ExPLoRAPretrain(PretrainTask):
     def __init__(
         self,
         *,
+        crop_scale: tuple[float, float] = (0.2, 1.0),
         decoder_rank: int = 8,
         decoder_width: int = 512,
         decoder_depth: int = 8,
@@ -95,6 +100,10 @@ class ExPLoRAPretrain(PretrainTask):
             )
         else:
             freeze_encodings(encoder)
+        size = self.spec.image_size
+        self.crop = MultiCrop(
+            size, size, tuple(self.hparams["crop_scale"]), global_crops=1, local_crops=0, antialias=self.spec.antialias
+        )
         return MaskedAutoencoder(encoder, decoder)
 
     def draw_mask(self, batch_size: int, *seeds: int) -> TokenMask:
@@ -111,7 +120,11 @@ class ExPLoRAPretrain(PretrainTask):
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """One forward pass; see ``PretrainTask``."""
+        batch = self.adapted(batch)
         images = batch["image"]
+        if "size" in batch:
+            draws = generator(self.hparams["seed"], *self.batch_seeds(), 2)  # another stream than that of the masks
+            images = self.crop(images, batch["size"].cpu(), draws).global_
         mask = self.draw_mask(len(images), *self.batch_seeds())
         output = self.model(images, mask.keep)
         loss = mae_loss(

@@ -10,18 +10,16 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
-from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
-from torchgeo.tasks import BaseTask
 
-from geoexplora.datamodules.sampling import generator
 from geoexplora.explora import ExploraConfig, PartCount, apply_explora, parameter_table, resolve_blocks
 from geoexplora.models.attention import use_fast_attention
 from geoexplora.models.encoding import set_drop_path
 from geoexplora.models.initialization import initialize_plain_encoder
 from geoexplora.models.linear import use_fast_linears
+from geoexplora.tasks.data_task import DataTask
 from geoexplora.tasks.features import Pool
-from geoexplora.tasks.optimization import cosine, parameter_groups, warmup_cosine
+from geoexplora.tasks.optimization import parameter_groups
+from geoexplora.tasks.scheduled_task import ScheduledTask
 from geoexplora.tasks.sources import architecture, load_source, of_architecture
 from geoexplora.weights.contract import Allowed
 from geoexplora.weights.files import read_weights
@@ -35,11 +33,10 @@ SOURCE_KEY, DATA_KEY = "geoexplora_source", "geoexplora_data"
 """Where a checkpoint keeps what was found in ``init``: a resumed run does not read that file again."""
 
 
-class PretrainTask(BaseTask):
+class PretrainTask(DataTask, ScheduledTask):
     """Base of the pre-training tasks (ExPLoRA, ICML 2025, arXiv 2406.10973).
 
-    A subclass builds the objective around the encoder and computes its loss. Everything random depends on the seed,
-    the batch's number and the rank only, so a resumed run repeats an uninterrupted one.
+    A subclass builds the objective around the encoder and computes its loss.
 
     ``training_step`` returns ``loss``, and detached for the callbacks ``value`` (the loss), ``parts`` (scalars by the
     name of their column in metrics.csv) and ``features`` (any number, D), whose spread tells of collapse.
@@ -50,8 +47,8 @@ class PretrainTask(BaseTask):
         image_size: S in pixels.
         patch_size: patch side in pixels.
         sensor: name of the sensor that the bands belong to.
-        bands: input bands by name, in the order of the channels.
-        normalization: ``Normalization.to_dict()`` of the images; stored with the weights.
+        bands: input bands by name, in the order of the channels; none: see ``DataTask``.
+        normalization: ``Normalization.to_dict()`` of the images; stored with the weights; ``None``: see ``DataTask``.
         groups: channel groups by band names; ``None`` for a plain ViT.
         antialias: whether images were resized with antialiasing; stored with the weights.
         init: source weights: what ``geoexplora.weights.read_weights`` takes; ``None`` starts from random weights.
@@ -85,7 +82,8 @@ class PretrainTask(BaseTask):
     """
 
     ignore = ("source_state",)
-    monitor = "loss"
+    monitor = "train_loss"
+    resizes = False
     betas = (0.9, 0.95)
     pool: Pool = "mean"
     """Features that the kNN probe looks at."""
@@ -156,7 +154,7 @@ class PretrainTask(BaseTask):
         """A decoder that may take over the source's weights; ``None`` where the objective has none."""
         return None
 
-    def configure_models(self) -> None:
+    def build_models(self) -> None:
         """Build the encoder, load the source, freeze what is not trained, build the objective."""
         h = self.hparams
         source = None if h["init"] is None or self.source_state else read_weights(h["init"])
@@ -229,41 +227,19 @@ class PretrainTask(BaseTask):
         """Whether only a part is trained."""
         return bool(self.hparams["mode"] == "explora")
 
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of all schedules."""
-        return int(self.hparams["total_steps"] or self.trainer.estimated_stepping_batches)
-
     def parameter_table(self) -> list[PartCount]:
         """What is trained, by part."""
         return parameter_table(self.trained_encoder, self.trained_whole, **self.heads)
 
-    def batch_seeds(self) -> tuple[int, int]:
-        """What random numbers of a training step depend on besides the task's seed: batch and process."""
-        return self.trainer.fit_loop.epoch_loop.total_batch_idx, self.global_rank
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the loss as ``train_loss``, and its parts."""
+        logged = {"train_loss": outputs["value"]} | {f"train_{name}": part for name, part in outputs["parts"].items()}
+        self.log_dict(logged, on_step=True, on_epoch=True, batch_size=len(batch["image"]))
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed stochastic depth, so that a resumed run drops what an uninterrupted one would have."""
         if self.hparams["drop_path"]:
-            draws = generator(self.hparams["seed"], *self.batch_seeds(), 1)
-            torch.manual_seed(int(torch.randint(2**62, (1,), generator=draws)))
-
-    def on_train_start(self) -> None:
-        """Set the rates by the schedule: a checkpoint brings back those of the shorter run that wrote it."""
-        schedule: Any = self.lr_schedulers()
-        for group, peak, factor in zip(
-            schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
-        ):
-            group["lr"] = peak * factor(schedule.last_epoch)
-
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """A step with the weight decay that its schedule says."""
-        h = self.hparams
-        if h["weight_decay_end"] is not None:
-            value = cosine(h["weight_decay"], h["weight_decay_end"], self.trainer.global_step / self.total_steps)
-            for group in optimizer.param_groups:
-                group["weight_decay"] = value if group["decays"] else 0.0
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+            self.seed_batch()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what was found in ``init``, and which data the training goes through."""
@@ -285,14 +261,7 @@ class PretrainTask(BaseTask):
             patch_embed_scale=h["patch_embed_lr_scale"],
             new_embeddings=self.has_new_embeddings and h["mode"] != "scratch",
         )
-        optimizer = AdamW(groups, lr=h["lr"], betas=self.betas)
-        factor = warmup_cosine(self.total_steps, h["warmup_steps"], h["min_lr"] / h["lr"])
-        schedule = LambdaLR(optimizer, [self.rate_factor(group["name"], factor) for group in groups])
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def rate_factor(self, group: str, factor: Any) -> Any:
-        """The learning rate's factor by step for a group of parameters; all alike unless a subclass knows better."""
-        return factor
+        return self.adamw(groups)
 
 
 def freeze_encodings(encoder: Any) -> None:

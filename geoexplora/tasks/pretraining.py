@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import warnings
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from geoexplora.datamodules.tiles import TilesDataModule
-from geoexplora.errors import ConfigError, DataError
+from geoexplora.errors import DataError
 from geoexplora.explora import format_table, table_to_json
-from geoexplora.registry import find_dataset, load
 from geoexplora.runs.checkpoint import RunCheckpoint, find_checkpoint
 from geoexplora.runs.folder import RunFolder
 from geoexplora.runs.metrics import Metrics, read_metrics
@@ -24,9 +21,11 @@ from geoexplora.tasks.building import build_task, whole_tile_size
 from geoexplora.tasks.callbacks import FirstFeatures, KNNProbe, MetricsWriter, StepClock, check_finite
 from geoexplora.tasks.exports import RunExport
 from geoexplora.tasks.health import HealthWatch, sample_names
-from geoexplora.tasks.parallel import SharedFailure, fit, process_rank, useful_workers
+from geoexplora.tasks.opening import open_data
+from geoexplora.tasks.parallel import SharedFailure, fit, process_rank
 from geoexplora.tasks.pretrain_task import DATA_KEY, SOURCE_KEY, PretrainTask
 from geoexplora.tasks.schedule import Schedule
+from geoexplora.tasks.trainer import make_trainer, quiet_lightning
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +42,7 @@ def pretrain(options: Any) -> dict[str, Any]:
     Raises:
         GeoExploraError: if data, weights, settings or the run folder are not as they should be.
     """
-    _quiet()
+    quiet_lightning()
     folder = RunFolder(options.output)
     leads, resumes = process_rank() == 0, options.resume and folder.holds_run
     if leads and resumes:
@@ -53,7 +52,7 @@ def pretrain(options: Any) -> dict[str, Any]:
         saved = {} if checkpoint is None else torch.load(checkpoint, mmap=True, weights_only=True)
         step: int = saved.get("global_step", 0)
         datamodule = open_data(options)
-        datamodule.whole_tiles = whole_tile_size(options)
+        datamodule.whole_tiles, datamodule.unlabelled = whole_tile_size(options), True
         datamodule.setup("fit")
         images = len(datamodule.source("train"))
         schedule = Schedule.of(options, images)
@@ -79,33 +78,6 @@ def pretrain(options: Any) -> dict[str, Any]:
     record = folder.read_run_json()
     log.info("run folder: %s, %d of %d steps done", folder.path, record["step"], schedule.steps)
     return dict(record["metrics"])
-
-
-def open_data(options: Any) -> TilesDataModule:
-    """The datamodule that the options name.
-
-    Raises:
-        ConfigError: if the dataset is unknown or a setting does not suit it.
-    """
-    entry = find_dataset(options.dataset)
-    datamodule: TilesDataModule = load(entry.datamodule)(
-        options.root,
-        **entry.arguments,
-        **{name: getattr(options, name) for name in entry.settings},
-        image_size=options.image_size,
-        batch_size=options.batch_size,
-        num_workers=useful_workers(options.num_workers),
-        normalization=options.normalization,
-        statistics=options.statistics,
-        antialias=options.antialias,
-        crop_scale=options.crop_scale,
-        years=options.years,
-        missing=options.missing,
-        max_unreadable=options.max_unreadable,
-        seed=options.seed,
-        **({} if options.bands is None else {"bands": options.bands}),
-    )
-    return datamodule
 
 
 def data_record(datamodule: TilesDataModule) -> dict[str, Any]:
@@ -190,29 +162,7 @@ def _trainer(
         clock.go_on()
 
     callbacks.append(RunCheckpoint(folder, options.checkpoint_every, before_save=before_save, on_saved=on_saved))
-    try:
-        return Trainer(
-            accelerator=options.accelerator,
-            devices=options.devices,
-            num_nodes=options.num_nodes,
-            strategy=options.strategy,
-            precision="bf16-mixed" if options.precision == "bf16" else "32-true",
-            max_epochs=-1,
-            max_steps=schedule.steps,
-            accumulate_grad_batches=schedule.accumulate,
-            gradient_clip_val=options.clip_grad,
-            callbacks=callbacks,
-            logger=False,
-            limit_val_batches=0,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
-            enable_model_summary=False,
-            default_root_dir=folder.path,
-        )
-    except (ValueError, RuntimeError, MisconfigurationException) as problem:
-        raise ConfigError(
-            f"these devices cannot be used: {problem}", "Check --accelerator, --devices and --strategy."
-        ) from problem
+    return make_trainer(options, schedule, folder, callbacks)
 
 
 def _watch(folder: RunFolder, task: PretrainTask) -> HealthWatch:
@@ -233,18 +183,3 @@ def _has_labels(datamodule: TilesDataModule) -> bool:
         log.warning("no kNN probe: %s", problem)
         return False
     return True
-
-
-def _quiet() -> None:
-    """Hide Lightning's advice that does not apply: data order, logging and checkpoints are this package's."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # says which processes it ends
-    for text in (
-        ".*does not have many workers.*",
-        ".*You passed in a `val_dataloader`.*",
-        ".*resuming from a checkpoint that ended before.*",
-        ".*treespec, LeafSpec.*",
-        ".*module\\(s\\) in eval mode.*",  # the teacher's
-    ):
-        warnings.filterwarnings("ignore", text)

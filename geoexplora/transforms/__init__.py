@@ -1,6 +1,6 @@
 """From raw tiles to network input: normalization, crops, augmentation."""
 
-from geoexplora.transforms.crop import EvaluationCrop, TrainCrop, WholeTile, random_box, resize
+from geoexplora.transforms.crop import EvaluationCrop, TrainCrop, WholeTile, random_box, resize, resize_mask
 from geoexplora.transforms.multi_crop import Crops, MultiCrop
 from geoexplora.transforms.normalization import METHODS, Normalization
 from geoexplora.transforms.photometric import BandAugmentation, Blur, ColourAugmentation, Photometric
@@ -19,4 +19,5 @@ __all__ = [
     "WholeTile",
     "random_box",
     "resize",
+    "resize_mask",
 ]

@@ -1,5 +1,7 @@
 """Crops of raw tiles: random for training, central for evaluation; resized as torchvision does.
 
+A mask goes through the very same crop and flip as its image, and is resized to its nearest pixels.
+
 A tile stays in its raw type until the crop is known; then only the crop is converted, normalized and resized.
 Normalization comes before resizing (as in the reference) and acts on single pixels, so it commutes with the crop.
 
@@ -68,6 +70,23 @@ def resize(image: Tensor, size: tuple[int, int], antialias: bool, flip: bool = F
     return torch.matmul(rows, across)
 
 
+def resize_mask(mask: Tensor, size: tuple[int, int], flip: bool = False) -> Tensor:
+    """Resize to the nearest pixels, those in whose area the centres of the new ones lie (PyTorch's ``nearest-exact``).
+
+    Args:
+        mask: (h, w), of any type.
+        size: output height and width.
+        flip: turn left and right around as well.
+
+    Returns:
+        (height, width), of the same type.
+    """
+    rows, columns = (
+        (2 * torch.arange(target) + 1) * source // (2 * target) for source, target in zip(mask.shape, size, strict=True)
+    )
+    return mask[rows[:, None], columns.flip(0) if flip else columns]
+
+
 def random_box(
     height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float], generator: Generator | None
 ) -> tuple[int, int, int, int]:
@@ -106,6 +125,10 @@ def _tensor(array: Array) -> Tensor:
     return torch.from_numpy(np.array(array, dtype=np.float32, order="C"))
 
 
+def _mask_tensor(array: Array) -> Tensor:
+    return torch.from_numpy(np.array(array, dtype=np.int64, order="C"))
+
+
 @dataclass(frozen=True)
 class TrainCrop:
     """Random resized crop and horizontal flip.
@@ -136,10 +159,32 @@ class TrainCrop:
         Returns:
             (C, S, S), float32.
         """
+        window, flip = self._draw(image, generator)
+        return self._image(image, window, flip)
+
+    def with_mask(self, image: Array, mask: Array, generator: Generator | None) -> tuple[Tensor, Tensor]:
+        """The same crop and flip of an image and its mask.
+
+        Args:
+            image: as in a call.
+            mask: (h, w), of any integer type.
+            generator: as in a call; the image comes out as there.
+
+        Returns:
+            (C, S, S), float32, and (S, S), int64.
+        """
+        window, flip = self._draw(image, generator)
+        cut = _mask_tensor(mask[window])
+        return self._image(image, window, flip), resize_mask(cut, (self.size, self.size), flip)
+
+    def _draw(self, image: Array, generator: Generator | None) -> tuple[tuple[slice, slice], bool]:
         top, left, height, width = random_box(image.shape[1], image.shape[2], self.scale, self.ratio, generator)
         flip = torch.rand(1, generator=generator).item() < self.flip
-        crop = image[:, top : top + height, left : left + width]
-        return resize(self.normalize(_tensor(crop)), (self.size, self.size), self.antialias, flip)
+        return (slice(top, top + height), slice(left, left + width)), flip
+
+    def _image(self, image: Array, window: tuple[slice, slice], flip: bool) -> Tensor:
+        crop = self.normalize(_tensor(image[:, *window]))
+        return resize(crop, (self.size, self.size), self.antialias, flip)
 
 
 @dataclass(frozen=True)
@@ -167,6 +212,14 @@ class WholeTile:
             (C, S, S), float32.
         """
         return resize(self.normalize(_tensor(image)), (self.size, self.size), self.antialias)
+
+    def with_mask(self, image: Array, mask: Array, generator: Generator | None) -> tuple[Tensor, Tensor]:
+        """An image and its mask (h, w), of any integer type.
+
+        Returns:
+            (C, S, S), float32, and (S, S), int64.
+        """
+        return self(image, generator), resize_mask(_mask_tensor(mask), (self.size, self.size))
 
 
 @dataclass(frozen=True)
@@ -200,3 +253,11 @@ class EvaluationCrop:
         resized = resize(self.normalize(_tensor(image)), target, self.antialias)
         top, left = (round((side - self.size) / 2) for side in target)
         return resized[:, top : top + self.size, left : left + self.size].contiguous()
+
+    def with_mask(self, image: Array, mask: Array) -> tuple[Tensor, Tensor]:
+        """The whole image and its whole mask (h, w), of any integer type, stretched to squares: nothing goes unjudged.
+
+        Returns:
+            (C, S, S), float32, and (S, S), int64.
+        """
+        return WholeTile(self.normalize, self.size, self.antialias).with_mask(image, mask, None)

@@ -136,6 +136,18 @@ class EncoderSpec:
             return 1 + self.style.registers
         return 0 if self.style.registers else 1
 
+    def at_size(self, image_size: int) -> EncoderSpec:
+        """The same for another image size.
+
+        Args:
+            image_size: image side in pixels.
+
+        Raises:
+            ConfigError: if it is not a multiple of the patch size.
+        """
+        given = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in _DERIVED}
+        return EncoderSpec.of(**given | {"sizes": (self.width, self.depth, self.heads), "image_size": image_size})
+
     def to_metadata(self) -> dict[str, str]:
         """The description as a safetensors header: every value is JSON, but for strings, which stand as they are."""
         header = {"format": "pt", "geoexplora": "encoder", "version": str(FORMAT_VERSION)}
@@ -185,11 +197,9 @@ class EncoderSpec:
         Raises:
             WeightsError: if it is not.
         """
-        given = {entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in _DERIVED}
-        given["sizes"] = (self.width, self.depth, self.heads)
         remedy = "Take a file written by geoexplora; one by a newer version needs: pip install --upgrade geoexplora."
         try:
-            expected = EncoderSpec.of(**given)
+            expected = self.at_size(self.image_size)
         except ConfigError as problem:
             raise WeightsError(f"the file's header describes no encoder known here: {problem}", remedy) from problem
         differing = [entry.name for entry in fields(self) if getattr(self, entry.name) != getattr(expected, entry.name)]

@@ -94,6 +94,31 @@ def save_heads(path: str | Path, tensors: Mapping[str, Tensor], spec: EncoderSpe
     _save(Path(path), tensors, spec.to_metadata() | {"geoexplora": "heads"}, step, None)
 
 
+def save_task_head(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    spec: EncoderSpec,
+    settings: Mapping[str, Any],
+    *,
+    step: int | None = None,
+) -> None:
+    """Write the head of a fine-tuned model beside its encoder, whole or not at all.
+
+    Args:
+        path: the file, usually ``task_head.safetensors``.
+        tensors: the head's state dict.
+        spec: the encoder's description.
+        settings: what builds the head and reads its outputs: task, classes, kind of head; plain JSON types.
+        step: the optimizer step they were taken at.
+
+    Raises:
+        WeightsError: as in :func:`save_encoder`.
+        RunError: as in :func:`save_encoder`.
+    """
+    metadata = spec.to_metadata() | {"geoexplora": "task head", "settings": json.dumps(dict(settings))}
+    _save(Path(path), tensors, metadata, step, None)
+
+
 def is_decoder(name: str) -> bool:
     """Whether a tensor of that canonical name belongs to the decoder of a masked autoencoder."""
     return name.startswith("decoder_") or name == "mask_token"

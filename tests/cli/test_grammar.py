@@ -110,7 +110,7 @@ def test_probe_needs_no_more_than_the_encoder_and_the_data(run):
     Path("w.safetensors").touch()
     got = run("probe", "--init", "w.safetensors", "--dataset", "fmow-sentinel", "--root", "d", "--few-shot", "10")
     assert got.status == 0, got.err
-    assert (got.options.few_shot, got.options.image_size, got.options.holdout) == (10, None, "split")
+    assert (got.options.few_shot, got.options.image_size, got.options.holdout) == ((10,), None, "split")
 
 
 def test_demo(run):

@@ -11,12 +11,13 @@ from geoexplora.registry import DATASETS
 
 
 def test_every_dataset_has_its_recipe():
-    assert {f"pretrain/{name}" for name in DATASETS} <= set(recipe_names())
+    recipes = {f"pretrain/{'torchgeo' if entry.is_torchgeo else name}" for name, entry in DATASETS.items()}
+    assert recipes <= set(recipe_names())
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", [name for name in recipe_names() if not name.startswith("torchgeo/")])
 def test_recipe_resolves(run, name):
-    got = run("pretrain", "--config", name, "--root", "data", "--output", "runs/a")
+    got = run(name.split("/")[0], "--config", name, "--root", "data", "--output", "runs/a")
     assert got.status == 0, got.err
     assert got.options.output == "runs/a"
 
@@ -40,6 +41,17 @@ def test_list(run):
     got = run("recipes")
     assert got.status == 0
     assert [line.split()[0] for line in got.out.splitlines()] == recipe_names()
+
+
+def test_recipes_for_torchgeos_command_line_say_so(run):
+    name = "torchgeo/dinov2-resisc45"
+    assert "torchgeo fit --config FILE" in run("recipes", "--help").out
+    assert "torchgeo fit --config" in run("recipes", "show", name).out
+    assert run("recipes", "copy", name, "mine.yaml").out.endswith("Use it: torchgeo fit --config mine.yaml\n")
+    refused = run("pretrain", "--config", name, "--root", "data", "--output", "runs/a")
+    assert refused.status == 2
+    assert "is a recipe for TorchGeo's command line" in refused.err
+    assert f"geoexplora recipes copy {name} FILE" in refused.err
 
 
 def test_show(run):

@@ -45,3 +45,10 @@ def test_plot() -> None:
     figure = Photographs().plot(Photographs()[2])
     assert np.asarray(figure.axes[0].images[0].get_array()).shape == (400, 600, 3)
     plt.close(figure)
+
+
+def test_a_photograph_is_named_in_messages() -> None:
+    photographs = Photographs(length=40)
+    assert str(photographs.path(0)) == NAMES[0]
+    assert str(photographs.path(-1)) == NAMES[39 % len(NAMES)]
+    assert (photographs.target, photographs.classes) == ("none", ())

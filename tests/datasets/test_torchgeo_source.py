@@ -1,4 +1,4 @@
-"""TorchGeo's datasets as sources of tiles: bands by name, labels, what cannot be read, what cannot be opened."""
+"""TorchGeo's datasets as sources of tiles: bands by name, what cannot be read, what cannot be opened."""
 
 from __future__ import annotations
 
@@ -70,9 +70,9 @@ def test_resisc45(tmp_path: Path) -> None:
         tile = tiles.read(index)
         pixels = np.asarray(Image.open(tiles.path(index)))
         np.testing.assert_array_equal(tile.image, pixels.transpose(2, 0, 1))
-        assert (tile.label, tile.unreadable) == (int(tiles.labels[index]), -1)
+        assert (tile.target, tile.unreadable) == (int(tiles.labels[index]), -1)
         assert tiles.path(index).parent.name == CLASSES[index // TRAIN]
-    assert tiles.read(-1).label == 1
+    assert tiles.read(-1).target == 1
     with pytest.raises(IndexError):
         tiles.read(len(tiles))
     validation = opened("RESISC45", tmp_path, "val")
@@ -154,17 +154,6 @@ def test_reflectances_of_so2sat_come_in_the_sensors_units() -> None:
         TorchGeoTiles(dataset, bands=("B1", "B10"))
 
 
-@pytest.mark.parametrize("label", [None, torch.tensor([0, 1]), torch.zeros(5, 4)])
-def test_what_lists_no_labels_is_unlabelled(label: Tensor | None) -> None:
-    samples = images(4, 3) if label is None else [sample | {"label": label} for sample in images(4, 3)]
-    tiles = TorchGeoTiles(InMemory(samples, classes=["a", "b"]))
-    assert tiles.classes == ()
-    assert tiles.labels.tolist() == [-1] * 4
-    assert tiles.location_ids.tolist() == [0] * 4
-    assert tiles.image_ids.tolist() == [0, 1, 2, 3]
-    assert tiles.read(2).label is None
-
-
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.float32, torch.float64])
 def test_types_are_kept(dtype: torch.dtype) -> None:
     samples = [{"image": (sample["image"] * 200).to(dtype)} for sample in images(2, 3)]
@@ -221,7 +210,7 @@ def test_unreadable_images(
     for index in (0, 1):
         tiles.path(index).write_bytes(content)
     tile = opened(name, tmp_path, max_unreadable=0.3).read(0)  # the first may be broken when the data are opened
-    assert (tile.unreadable, tile.label) == (0, 0)
+    assert (tile.unreadable, tile.target) == (0, 0)
     np.testing.assert_array_equal(tile.image, good)
     with caplog.at_level(logging.WARNING):
         tiles.note_unreadable(1)

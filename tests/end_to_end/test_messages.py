@@ -33,11 +33,12 @@ def test_pretrain_and_probe_and_resume(console, command, photo_run, tmp_path, fm
     assert len(set(lines)) == len(lines), "nothing twice"
 
     data = ("--dataset", "fmow-sentinel", "--root", fmow_tree, "--accelerator", "cpu", "--num-workers", "0")
-    got = console("probe", "--init", run, *data)
+    got = console("probe", "--init", run, *data, "--linear-steps", "5")
     assert got.returncode == 0, got.stderr
     assert got.stderr.splitlines()[1:] == ["features of 53 images of train", "features of 15 images of val"]
     assert got.stderr.startswith("classes: the 5 found in the csv files")
-    assert [line.split()[0] for line in got.stdout.splitlines()] == ["knn", "linear"]
+    lines = got.stdout.splitlines()
+    assert [line.split()[:2] for line in lines[1:-1]] == [["all", "knn"]] * 3 + [["all", "linear"], ["all", "logistic"]]
 
 
 def test_a_start_from_random_weights_is_said_once(pretrain, geoexplora, tmp_path):

@@ -31,7 +31,8 @@ SMALL_DECODER = ("--decoder-width", "32", "--decoder-depth", "1", "--decoder-hea
 def roots(fmow_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     rgb = write_fmow_rgb_tree(tmp_path_factory.mktemp("rgb") / "data", limit=1)
     torchgeo = write_resisc45(tmp_path_factory.mktemp("torchgeo"))
-    return {"fmow-sentinel": fmow_tree, "fmow-rgb": rgb, "photographs": rgb, "torchgeo:RESISC45": torchgeo}
+    roots = {"fmow-sentinel": fmow_tree, "fmow-rgb": rgb, "torchgeo:RESISC45": torchgeo}
+    return roots | dict.fromkeys(("photographs", "sample"), rgb)  # these need none
 
 
 def settings(geoexplora: Callable[..., Any], name: str) -> dict[str, Any]:

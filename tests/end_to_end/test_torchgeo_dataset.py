@@ -1,4 +1,4 @@
-"""``--dataset torchgeo:NAME``: pre-training and probing, from the command line, on trees in TorchGeo's layouts."""
+"""TorchGeo's datasets, by ``torchgeo:NAME`` or a name of their own: pre-training and probing, from the command line."""
 
 from __future__ import annotations
 
@@ -8,19 +8,36 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
+import yaml
+from PIL import Image
 from safetensors.torch import load_file
+from torchgeo.datasets import SSL4EOS12
 
 from geoexplora.bands import LANDSAT_OLI
+from geoexplora.cli.recipe_files import recipe_file
 from geoexplora.datasets.torchgeo_opening import FACTS, Facts
-from geoexplora.registry import TORCHGEO_SENSORS
+from geoexplora.registry import DATASETS, TORCHGEO_SENSORS, find_dataset
 from geoexplora.runs.metrics import read_metrics
 from geoexplora.weights.files import read_weights
 from geoexplora.weights.load import load_encoder
 
-from ..datasets.torchgeo_trees import files, spectrum, write_eurosat, write_geotiff, write_resisc45
+from ..datasets.torchgeo_trees import (
+    files,
+    spectrum,
+    write_bigearthnet,
+    write_eurosat,
+    write_geotiff,
+    write_loveda,
+    write_resisc45,
+    write_so2sat,
+    write_ssl4eo_s12,
+    write_tropical_cyclone,
+    write_ucmerced,
+)
 from .conftest import TINY, Run
 
 GROUPS = "B2,B3,B4,B8;B5,B6,B7,B8A;B11,B12"
@@ -64,7 +81,7 @@ def test_photographs_from_above(geoexplora: Run, resisc45: Path, tmp_path: Path)
     got = geoexplora("probe", "--init", run, "--dataset", "torchgeo:RESISC45", "--root", resisc45, "--k", "3",
                      "--accelerator", "cpu", "--num-workers", "0")  # fmt: skip
     assert got.status == 0, got.err
-    assert "(4 test samples, 2 classes)" in got.out
+    assert "4 test samples, 2 classes" in got.out
 
 
 def test_it_is_taken_up_again(
@@ -143,6 +160,82 @@ def test_bands_of_a_sensor_that_only_the_data_tell(
     assert message in got.err
     assert "Traceback" not in got.err
     assert not (tmp_path / "run").exists()
+
+
+NAMED: list[tuple[str, Callable[[Path], Path], int]] = [
+    ("eurosat", write_eurosat, 13),
+    ("resisc45", write_resisc45, 3),
+    ("ucmerced", write_ucmerced, 3),
+    ("so2sat", write_so2sat, 10),
+    ("bigearthnet", write_bigearthnet, 12),
+    ("ssl4eo-s12", write_ssl4eo_s12, 13),
+    ("loveda", write_loveda, 3),
+    ("tropical-cyclone", write_tropical_cyclone, 3),
+]
+
+
+@pytest.mark.parametrize(("name", "write", "bands"), NAMED, ids=[name for name, _, _ in NAMED])
+def test_a_step_by_name(
+    geoexplora: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    write: Callable[[Path], Path],
+    bands: int,
+) -> None:
+    if name == "so2sat":
+        pytest.importorskip("h5py")
+    monkeypatch.setattr(SSL4EOS12, "__len__", lambda dataset: 3)  # says 251,079 whatever is there
+    root, run = write(tmp_path / "data"), tmp_path / "run"
+    words = ("--root", root, "--output", run, *TINY, "--max-steps", "1", "--effective-batch-size", "4")
+    got = geoexplora("pretrain", "--dataset", name, *words)
+    assert got.status == 0, got.err
+    assert len(json.loads((run / "run.json").read_text())["bands"]) == bands
+    assert "mask" not in got.err
+
+
+def test_names_are_known() -> None:
+    assert {name for name, _, _ in NAMED} < {name for name, entry in DATASETS.items() if entry.is_torchgeo}
+    for name, entry in DATASETS.items():
+        if entry.is_torchgeo:
+            assert find_dataset(f"torchgeo:{entry.arguments['name']}") == find_dataset(name)
+
+
+@pytest.mark.parametrize(
+    ("objective", "recipe"), [((), "torchgeo"), (("--objective", "dinov2"), "torchgeo-dinov2")], ids=["mae", "dinov2"]
+)
+def test_names_share_the_recipe(geoexplora: Run, objective: tuple[str, ...], recipe: str) -> None:
+    words = ("--root", "data", "--output", "runs/a", *objective, "--print-config")
+    named, general = (
+        yaml.safe_load(geoexplora("pretrain", "--dataset", name, *words).out) for name in ("loveda", "torchgeo:LoveDA")
+    )
+    assert named | {"dataset": "torchgeo:LoveDA"} == general
+    header = yaml.safe_load(recipe_file(f"pretrain/{recipe}").read_text())
+    assert named["image_size"] == header["image_size"]
+    assert named["rank"] == header["rank"]
+
+
+def test_masks_that_pretraining_does_not_need(geoexplora: Run, tmp_path: Path) -> None:
+    root = write_loveda(tmp_path / "data")
+    for path in root.rglob("masks_png/*.png"):
+        Image.fromarray(np.full((24, 24), 255, np.uint8)).save(path)
+    got = geoexplora(*words("LoveDA", root, tmp_path / "run", "--max-steps", "1", "--effective-batch-size", "4"))
+    assert got.status == 0, got.err
+
+
+def test_the_bundled_sample(geoexplora: Run, tmp_path: Path) -> None:
+    run, sample = tmp_path / "run", ("--dataset", "sample", "--output")
+    words = (*TINY, "--bands", "B2,B3,B4,B8", "--max-steps", "1", "--effective-batch-size", "4", "--tile-size", "32")
+    got = geoexplora("pretrain", *sample, run, *words, "--probe-every", "1")
+    assert got.status == 0, got.err
+    assert any("knn" in row for row in read_metrics(run / "metrics.csv"))
+    words = ("--tile-size", "32", "--fold", "3", "--accelerator", "cpu", "--num-workers", "0", "--k", "3")
+    got = geoexplora("probe", "--init", run, *sample, tmp_path / "probe", *words)
+    assert got.status == 0, got.err
+    assert "50 test samples, 4 classes" in got.out, "tiles of water are small"
+    got = geoexplora("pretrain", *sample, tmp_path / "other", *TINY, "--fold", "8")
+    assert got.status == 2
+    assert "the sample has no fold 8" in got.err
 
 
 def test_a_missing_root(geoexplora: Run, tmp_path: Path) -> None:

@@ -164,6 +164,16 @@ def test_attention_that_cannot_be_split_is_refused() -> None:
     assert unchanged(encoder, before)
 
 
+def test_gated_attention_is_refused_before_anything_changes() -> None:
+    encoder = plain_encoder()
+    encoder.blocks[2].attn.gate = torch.nn.Linear(WIDTH, WIDTH)
+    before = copy.deepcopy(encoder)
+    with pytest.raises(ConfigError, match="cannot split the gated attention in block 3"):
+        apply_explora(encoder, ExploraConfig((4,), 3))
+    assert unchanged(encoder, before)
+    assert type(encoder.blocks[0].attn) is Attention
+
+
 def test_a_model_built_with_split_attention_is_taken_as_it_is() -> None:
     encoder = timm.create_model("vit_tiny_patch16_224", **SIZES, attn_layer=SplitAttention)
     images = images_for(encoder)

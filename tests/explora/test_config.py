@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from geoexplora.errors import ConfigError
-from geoexplora.explora import ExploraConfig, resolve_blocks
+from geoexplora.explora import ExploraConfig, FinetuneConfig, resolve_blocks
 
 
 @pytest.mark.parametrize(
@@ -55,3 +55,35 @@ def test_frozen_and_named() -> None:
     assert config.name == "[1,24]-r32"
     with pytest.raises(AttributeError):
         config.rank = 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "ladora"}, r"unknown method 'ladora'\nChoose among linear, lora, adalora, dora, full\."),
+        ({"method": "lora", "targets": ("proj",)}, "unknown LoRA targets"),
+        ({"method": "lora", "targets": ("q_proj", "q_proj")}, "none or repeated"),
+        ({"method": "lora", "rank": 0}, "LoRA rank 0 is not positive"),
+        ({"method": "dora", "alpha": 0.0}, "alpha 0.0 is not positive"),
+        ({"method": "adalora"}, "total_steps is None"),
+        ({"method": "adalora", "total_steps": 0}, "total_steps is 0"),
+    ],
+)
+def test_wrong_fine_tuning(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        FinetuneConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "has_adapters"),
+    [
+        ("linear", "linear", False),
+        ("full", "full", False),
+        ("lora", "lora-r8", True),
+        ("dora", "dora-r8", True),
+        ("adalora", "adalora-r8", True),
+    ],
+)
+def test_names_of_fine_tuning(method: Any, name: str, has_adapters: bool) -> None:
+    config = FinetuneConfig(method, total_steps=10)
+    assert (config.name, config.has_adapters) == (name, has_adapters)

@@ -8,7 +8,14 @@ import pytest
 import timm
 import torch
 
-from geoexplora.explora import ExploraConfig, apply_explora, parameter_table, resolve_blocks
+from geoexplora.explora import (
+    ExploraConfig,
+    FinetuneConfig,
+    apply_explora,
+    apply_finetuning,
+    parameter_table,
+    resolve_blocks,
+)
 
 
 def trained(model: str, config: ExploraConfig, **kwargs: Any) -> dict[str, int]:
@@ -49,6 +56,39 @@ def test_multispectral_mae_large_by_part() -> None:
 def test_lora_on_all_blocks() -> None:
     config = ExploraConfig((), 8, norms=False, class_token=False)
     assert trained("vit_large_patch16_224", config) == {"LoRA": 786_432}
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("linear", {}),
+        ("lora", {"LoRA": 786_432}),
+        ("dora", {"LoRA": 835_584}),
+        ("adalora", {"LoRA": 1_180_224}),
+    ],
+)
+@pytest.mark.parametrize("model", ["vit_large_patch16_224", "vit_large_patch14_dinov2", "group_channel_vit_large"])
+def test_fine_tuning_of_large(model: str, method: Any, expected: dict[str, int]) -> None:
+    with torch.device("meta"):
+        encoder = timm.create_model(model, num_classes=0, img_size=224)
+        tuning = apply_finetuning(encoder, FinetuneConfig(method, 8, total_steps=100))
+    table = parameter_table(encoder, tuning.whole_blocks)
+    assert {row.part: row.trainable for row in table if row.trainable} == expected
+    assert sum(row.trainable + row.frozen for row in table) == sum(p.numel() for p in encoder.parameters())
+
+
+def test_full_fine_tuning_of_large() -> None:
+    with torch.device("meta"):
+        encoder = timm.create_model("vit_large_patch16_224", num_classes=0)
+        tuning = apply_finetuning(encoder, FinetuneConfig("full"))
+    table = {row.part: (row.trainable, row.frozen) for row in parameter_table(encoder, tuning.whole_blocks)}
+    assert table == {
+        "whole blocks": (24 * 12_596_224, 0),
+        "norms": (2 * 1024, 0),
+        "patch embedding": (769 * 1024, 0),
+        "position encoding": (197 * 1024, 0),
+        "class token": (1024, 0),
+    }
 
 
 def test_gammas_stay_frozen_outside_the_whole_blocks() -> None:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from geoexplora.bands import RGB, SENTINEL2
 from geoexplora.errors import ConfigError
-from geoexplora.runs.pictures import colour_bands, plot_features, plot_reconstruction
+from geoexplora.runs.pictures import plot_features, plot_reconstruction
 
 
 def pixels(path: Path) -> NDArray[np.int64]:
@@ -76,13 +76,6 @@ def test_the_same_picture_is_the_same_file(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         plot_features(tmp_path / name, images, None, after, ("R", "G", "B"), RGB)
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-
-
-def test_which_bands_are_shown() -> None:
-    assert colour_bands(("B2", "B3", "B4", "B8"), SENTINEL2) == (("B4", "B3", "B2"), "true colour")
-    assert colour_bands(("R", "G", "B"), RGB) == (("R", "G", "B"), "true colour")
-    assert colour_bands(("B11", "B5", "B12"), SENTINEL2)[0] == ("B12", "B11", "B5")
-    assert colour_bands(("B8",), SENTINEL2)[0] == ("B8", "B8", "B8")
 
 
 def test_refuses(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from geoexplora.bands import FMOW_SENTINEL_BANDS, FMOW_SENTINEL_GROUPS
+from geoexplora.bands import FMOW_SENTINEL_BANDS, FMOW_SENTINEL_GROUPS, FMOW_SENTINEL_STATISTICS
 from geoexplora.explora import ExploraConfig, apply_explora
 from geoexplora.objectives.dinov2 import Heads, HeadSizes
 from geoexplora.tasks.mae_task import ExPLoRAPretrain
@@ -21,6 +21,7 @@ def task(**settings):
     small = {
         "model": "vit_pico", "image_size": 16, "patch_size": 8, "rank": 4, "decoder_width": 32, "decoder_depth": 1,
         "decoder_heads": 4, "bands": FMOW_SENTINEL_BANDS, "groups": FMOW_SENTINEL_GROUPS,
+        "normalization": FMOW_SENTINEL_STATISTICS.select(FMOW_SENTINEL_BANDS).normalization("clip-uint8"),
     }  # fmt: skip
     return ExPLoRAPretrain(**(small | settings))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tv
 from torchvision.transforms.transforms import CenterCrop, RandomResizedCrop, Resize
 
-from geoexplora.transforms.crop import EvaluationCrop, TrainCrop, _weights, random_box, resize
+from geoexplora.transforms.crop import EvaluationCrop, TrainCrop, WholeTile, _weights, random_box, resize, resize_mask
 
 
 def unchanged(image: torch.Tensor) -> torch.Tensor:
@@ -101,3 +104,53 @@ def test_the_raw_tile_is_left_alone() -> None:
     tile = np.ones((1, 8, 8), dtype=np.float32)
     TrainCrop(lambda image: image.mul_(3), 8, (1.0, 1.0), ratio=(1.0, 1.0), flip=0)(tile, torch.Generator())
     assert (tile == 1).all()
+
+
+def slow_nearest(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Each new pixel holds the old one in whose area its centre lies, in exact arithmetic."""
+    rows = [math.floor(Fraction(2 * row + 1, 2) * Fraction(mask.shape[0], height)) for row in range(height)]
+    columns = [math.floor(Fraction(2 * column + 1, 2) * Fraction(mask.shape[1], width)) for column in range(width)]
+    return np.array([[mask[row, column] for column in columns] for row in rows])
+
+
+@pytest.mark.parametrize("source", [(1, 1), (5, 9), (45, 60), (96, 97), (131, 33)])
+@pytest.mark.parametrize("target", [(1, 1), (16, 16), (45, 60), (33, 110)])
+@pytest.mark.parametrize("flip", [False, True])
+def test_masks_are_resized_to_the_nearest_pixel(source: tuple[int, int], target: tuple[int, int], flip: bool) -> None:
+    mask = np.random.default_rng(3).integers(0, 250, source)
+    expected = slow_nearest(mask, *target)
+    found = resize_mask(torch.from_numpy(mask), target, flip)
+    np.testing.assert_array_equal(found.numpy(), expected[:, ::-1] if flip else expected)
+    theirs = tv.resize(torch.from_numpy(mask)[None], list(target), InterpolationMode.NEAREST_EXACT)[0]
+    assert (found.numpy() == (theirs.flip(-1) if flip else theirs).numpy()).mean() > 0.95, "theirs rounds in float32"
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64, bool])
+def test_a_mask_is_cropped_and_flipped_with_its_image(tile: np.ndarray, dtype: type) -> None:
+    crop = TrainCrop(lambda image: image / 4000, 24)
+    mask = np.random.default_rng(4).integers(0, 2, (45, 60)).astype(dtype)
+    flips = 0
+    for seed in range(20):
+        image, found = crop.with_mask(tile, mask, torch.Generator().manual_seed(seed))
+        assert torch.equal(image, crop(tile, torch.Generator().manual_seed(seed))), "the mask changes nothing"
+        generator = torch.Generator().manual_seed(seed)
+        top, left, height, width = random_box(45, 60, (0.2, 1.0), (3 / 4, 4 / 3), generator)
+        expected = slow_nearest(mask[top : top + height, left : left + width].astype(np.int64), 24, 24)
+        if torch.rand(1, generator=generator) < 0.5:
+            expected, flips = expected[:, ::-1], flips + 1
+        np.testing.assert_array_equal(found.numpy(), expected)
+        assert found.dtype == torch.int64
+    assert 0 < flips < 20
+
+
+@pytest.mark.parametrize("shape", [(45, 60), (16, 16), (200, 31)])
+def test_masks_are_evaluated_whole(shape: tuple[int, int]) -> None:
+    tile = np.random.default_rng(5).random((2, *shape), dtype=np.float32)
+    mask = np.random.default_rng(6).integers(0, 9, shape)
+    whole = WholeTile(unchanged, 24, True)
+    for image, found in (
+        EvaluationCrop(unchanged, 24, True).with_mask(tile, mask),
+        whole.with_mask(tile, mask, torch.Generator()),
+    ):
+        assert torch.equal(image, whole(tile, None))
+        np.testing.assert_array_equal(found.numpy(), slow_nearest(mask, 24, 24))

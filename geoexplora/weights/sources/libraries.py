@@ -11,7 +11,7 @@ from typing import Any
 from geoexplora.bands import RGB, SENSORS, Statistics, nearest
 from geoexplora.errors import ConfigError, WeightsError
 from geoexplora.weights.sources.addresses import Address, parse_address
-from geoexplora.weights.sources.shortcuts import FORMS, SHORTCUTS, Hints
+from geoexplora.weights.sources.shortcuts import FORMS, SHORT_NAMES, Hints
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def from_timm(text: str) -> LibraryWeights:
     from timm.models.vision_transformer import VisionTransformer
 
     if not timm.is_model(text):
-        raise WeightsError(f"unknown weights {text}", f"{nearest(text, SHORTCUTS)}{FORMS}")
+        raise WeightsError(f"unknown weights {text}", f"{nearest(text, SHORT_NAMES)}{FORMS}")
     architecture = text.partition(".")[0]
     try:
         settings = timm.get_pretrained_cfg(text)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from contextlib import suppress
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 
 from geoexplora.errors import WeightsError
 from geoexplora.weights.sources.addresses import Address, exists, looks_like_path, parse_address
 from geoexplora.weights.sources.fetch import MissingError, fetch
 from geoexplora.weights.sources.libraries import from_timm, from_torchgeo
-from geoexplora.weights.sources.shortcuts import FORMS, SHORTCUTS, TORCHGEO_NAME, Hints
+from geoexplora.weights.sources.shortcuts import BUNDLED, FORMS, SHORTCUTS, TORCHGEO_NAME, Hints
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ def locate(source: str | Path) -> Located:
 
     Args:
         source: in this order: an existing file or folder; an ``https://`` or ``hf://owner/name[@revision][/file]``
-            address, with ``#sha256=...`` behind it to have the digest checked; a shortcut; TorchGeo's name of weights;
-            a timm model's name.
+            address, with ``#sha256=...`` behind it to have the digest checked; a shortcut, or ``sample-source``, which
+            comes with this package; TorchGeo's name of weights; a timm model's name.
 
     Returns:
         Where they lie, and what is known of them.
@@ -65,6 +66,8 @@ def locate(source: str | Path) -> Located:
         address = parse_address(known.address, known.sha256)
         hints = Hints(known.sensor, known.bands, known.normalization, known.format)
         return Located(fetch(address), text, address.text, hints, known.licence)
+    if text in BUNDLED:
+        return Located(Path(str(files("geoexplora").joinpath(BUNDLED[text]))), text, None)
     if isinstance(source, Path) or looks_like_path(text):
         hub = f" A model on the Hugging Face hub is hf://{text}." if re.fullmatch(r"[\w-]+/[\w.-]+", text) else ""
         raise WeightsError(f"{text}: no such file or folder", f"Check the path.{hub}")

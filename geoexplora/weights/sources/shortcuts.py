@@ -1,4 +1,6 @@
-"""What source weights may be called beside paths and addresses: shortcuts for public files, and names. Torch-free."""
+"""What source weights may be called beside paths and addresses: short names of public files and of bundled ones, and
+names of other libraries. Torch-free.
+"""
 
 from __future__ import annotations
 
@@ -177,6 +179,12 @@ SHORTCUTS: dict[str, Shortcut] = {
 }
 """Public weights by short names; the addresses are those that their authors give."""
 
+BUNDLED = {"sample-source": "sample/source"}
+"""Weights that come with this package by short names, and where in it they lie."""
+
+SHORT_NAMES = (*SHORTCUTS, *BUNDLED)
+"""All short names."""
+
 
 def looks_fetchable(text: str) -> bool:
     """Whether a text is an address, or nearly a shortcut, or may be TorchGeo's or timm's name of weights.
@@ -191,4 +199,4 @@ def looks_fetchable(text: str) -> bool:
     if not text.strip() or looks_like_path(text):
         return False
     named = TORCHGEO_NAME.fullmatch(text) or any(part in text.lower() for part in _TIMM_PARTS)
-    return bool(named or nearest(text, SHORTCUTS))
+    return bool(named or nearest(text, SHORT_NAMES))

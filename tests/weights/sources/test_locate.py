@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from geoexplora.datasets.sample import source_weights
 from geoexplora.errors import WeightsError
 from geoexplora.weights.sources import locate as module
 from geoexplora.weights.sources.addresses import Address, parse_address
@@ -43,6 +44,18 @@ def test_nothing_named(text: str):
 
 
 # Names
+
+
+def test_the_bundled_weights_have_a_name():
+    located = locate("sample-source")
+    assert located.path == source_weights()
+    assert (located.path / "encoder.safetensors").is_file()
+    assert (located.name, located.address) == ("sample-source", None)
+
+
+def test_a_mistyped_name_of_the_bundled_weights():
+    with pytest.raises(WeightsError, match="Did you mean sample-source"):
+        locate("sample-sorce")
 
 
 @pytest.fixture

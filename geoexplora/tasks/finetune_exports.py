@@ -1,0 +1,86 @@
+"""The run folder of a fine-tuning: merged encoder, head, adapter; and reading the whole model back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from geoexplora.errors import WeightsError
+from geoexplora.explora import merged_state_dict, save_adapter, table_to_json
+from geoexplora.runs.folder import RunFolder
+from geoexplora.tasks.finetune_building import TASKS
+from geoexplora.tasks.finetune_task import FineTuneTask
+from geoexplora.weights.load import load_encoder
+from geoexplora.weights.write import save_encoder, save_task_head
+
+_OF_TRAINING = (
+    "alpha", "band_init", "class_weights", "cutmix", "drop_path", "encoder", "grad_checkpointing", "init",
+    "label_smoothing", "layer_decay", "lr", "method", "min_lr", "mixup", "pos_weight", "random_erasing", "rank", "seed",
+    "spec", "total_steps", "warmup_steps", "weight_decay",
+)  # fmt: skip
+"""Hyper-parameters that a trained model no longer needs."""
+
+
+def export_model(folder: RunFolder, task: FineTuneTask, name: str, step: int) -> None:
+    """Write the model as it is now.
+
+    Args:
+        folder: the run folder.
+        task: the task.
+        name: of the task on the command line.
+        step: optimizer steps done.
+
+    Raises:
+        RunError: if a file cannot be written.
+        WeightsError: if a weight is not finite.
+    """
+    trained = table_to_json(task.parameter_table())
+    save_encoder(folder.encoder_file, merged_state_dict(task.encoder), task.spec, step=step, trained=trained)
+    settings = {key: value for key, value in task.hparams.items() if key not in _OF_TRAINING}
+    save_task_head(
+        folder.task_head_file, task.model.head.state_dict(), task.spec, {"name": name, **settings}, step=step
+    )
+    if task.fine_tuning.config.has_adapters:
+        save_adapter(folder.adapter, task.encoder, task.fine_tuning.config, task.spec)
+
+
+def load_finetuned(run: str | Path) -> FineTuneTask:
+    """Read a fine-tuned model, ready to predict.
+
+    Args:
+        run: the run folder of ``geoexplora finetune``.
+
+    Returns:
+        The task in evaluation mode, of method ``linear`` with all weights merged: ``task.model(images)`` gives its
+        outputs, ``task.predicted`` probabilities or values of them, ``task.hparams["labels"]`` the classes.
+
+    Raises:
+        WeightsError: if a file is missing or damaged.
+    """
+    folder = RunFolder(run)
+    encoder, spec = load_encoder(folder.path)
+    try:
+        with safe_open(folder.task_head_file, "pt") as file:
+            settings: dict[str, Any] = json.loads((file.metadata() or {})["settings"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        arguments = {key: value for key, value in settings.items() if key not in {"name", *_INPUT}}
+        task = TASKS[settings["name"]](
+            encoder=encoder, spec=spec.to_metadata(), method="linear", **_accepted(settings["name"], arguments)
+        )
+        task.model.head.load_state_dict(tensors)
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as problem:
+        raise WeightsError(
+            f"{folder.path} is no whole run of geoexplora finetune: {problem}", "Name a run folder with its head."
+        ) from problem
+    return task.eval()
+
+
+_INPUT = ("sensor", "bands", "groups", "normalization", "image_size", "antialias")
+
+
+def _accepted(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Without what ``build_model`` adds for TorchGeo's mixins."""
+    return {k: v for k, v in arguments.items() if not (name == "segmentation" and k in {"task", "num_labels"})}

@@ -1,0 +1,1 @@
+"""``geoexplora probe``: cached features of a frozen encoder, and classifiers on them."""

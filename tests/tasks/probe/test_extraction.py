@@ -1,0 +1,241 @@
+"""What is extracted, what the key depends on, and what happens where the cache cannot be written."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import nn
+
+from geoexplora.datamodules.fmow_sentinel import FMoWSentinelDataModule
+from geoexplora.models.group_channel_vit import GroupChannelVisionTransformer
+from geoexplora.runs.lock import FolderLock
+from geoexplora.tasks.features import ProbeFeatures, pooled_features
+from geoexplora.tasks.opening import OpenedEncoder
+from geoexplora.tasks.probe import extraction as module
+from geoexplora.tasks.probe import store as store_module
+from geoexplora.tasks.probe.extraction import Extraction
+from geoexplora.weights.load import build_encoder
+from geoexplora.weights.spec import EncoderSpec
+
+BANDS = ("B2", "B3", "B4")
+
+
+@pytest.fixture(autouse=True)
+def every_batch_is_recorded(monkeypatch):
+    monkeypatch.setattr(store_module, "RECORD_SECONDS", -1.0)
+
+
+def extraction(root, cache, spare=None, *, bf16=False, sha256="0", size=16, **data):
+    module_of_data = FMoWSentinelDataModule(
+        root, bands=BANDS, image_size=size, batch_size=8, num_workers=0, normalization="clip-float"
+    )
+    spec = EncoderSpec.of(
+        "vit_pico", image_size=size, patch_size=8, sensor="sentinel-2", bands=BANDS,
+        normalization=module_of_data.normalization.to_dict(), groups=[("B2", "B3"), ("B4",)],
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        encoder = build_encoder(spec).eval()
+        for parameter in encoder.parameters():
+            nn.init.normal_(parameter, std=0.1)
+    opened = OpenedEncoder(encoder, spec, module_of_data, None, sha256)
+    return Extraction(opened, data, torch.device("cpu"), bf16, cache, spare or cache)
+
+
+def folders(cache):
+    return sorted(path.name for path in cache.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["plain", "registers", "shallow", "pooled norm", "groups", "pooled norm of groups"])
+def test_every_set_of_features(kind):
+    torch.manual_seed(0)
+    sizes = {"img_size": 16, "patch_size": 8, "embed_dim": 32, "num_heads": 4, "num_classes": 0}
+    depth = 2 if kind == "shallow" else 6
+    pooled = {"fc_norm": True, "final_norm": False, "global_pool": "avg"} if "pooled" in kind else {}
+    if "groups" in kind:
+        encoder = GroupChannelVisionTransformer([[0, 1], [2]], 8, depth=depth, **sizes, **pooled)
+    else:
+        more = {"reg_tokens": 3} if kind == "registers" else {}
+        encoder = timm.models.VisionTransformer(depth=depth, **sizes, **pooled, **more)
+    for parameter in encoder.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    images = torch.rand(3, 3, 16, 16)
+    layout = ProbeFeatures.of(encoder.eval())
+    with torch.no_grad():
+        got = layout(encoder, images)
+        norm = encoder.fc_norm if "pooled" in kind else encoder.norm
+        hidden = encoder.forward_intermediates(images, return_prefix_tokens=True, output_fmt="NLC")[1]
+        classes = [norm(prefix[:, 0]) for _, prefix in hidden]
+        assert got.shape == (3, layout.size)
+        assert layout.blocks == min(4, depth)
+        for pool in ("mean", "cls"):
+            expected = norm(classes_only(encoder, images)) if "pooled" in kind and pool == "cls" else None
+            expected = pooled_features(encoder, images, pool) if expected is None else expected
+            torch.testing.assert_close(got[:, layout.columns(pool)], expected)
+    sets = layout.sets()
+    assert next(iter(sets)) == "cls-1"
+    last, mean = classes[-1], got[:, layout.columns("mean")]
+    torch.testing.assert_close(got[:, sets["cls-1"]], last)
+    torch.testing.assert_close(got[:, sets["cls-1+mean"]], torch.cat([last, mean], 1))
+    several = torch.cat(classes[-4:], 1)
+    torch.testing.assert_close(got[:, sets[f"cls-{layout.blocks}"]], several)
+    torch.testing.assert_close(got[:, sets[f"cls-{layout.blocks}+mean"]], torch.cat([several, mean], 1))
+    torch.testing.assert_close(got[:, sets["mean"]], mean)
+
+
+def classes_only(encoder, images):
+    return encoder.forward_features(images)[:, 0]
+
+
+def test_an_encoder_of_one_block_has_three_sets():
+    assert list(ProbeFeatures(32, 1, 32).sets()) == ["cls-1", "cls-1+mean", "mean"]
+
+
+@pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-4), (True, 0.1)])
+def test_features_in_order(fmow_tree, tmp_path, bf16, tolerance):
+    made = extraction(fmow_tree, tmp_path / "cache", bf16=bf16)
+    found = made.features("train")
+    view = made.opened.datamodule.eval_dataset("train")
+    assert found.labels.tolist() == view.labels.tolist()
+    assert found.indices.tolist() == list(range(len(view)))
+    assert found.features.dtype == (np.float16 if bf16 else np.float32)
+    images = torch.stack([view[at]["image"] for at in range(len(view))])
+    with torch.no_grad():
+        expected = ProbeFeatures.of(made.opened.encoder)(made.opened.encoder, images)
+    torch.testing.assert_close(torch.from_numpy(found.features).float(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_the_second_time_nothing_is_computed(fmow_tree, tmp_path, monkeypatch, caplog):
+    first = extraction(fmow_tree, tmp_path).features("train")
+    monkeypatch.setattr(module, "read_features", None)
+    with caplog.at_level(logging.INFO):
+        second = extraction(fmow_tree, tmp_path).features("train")
+    assert "features of train from" in caplog.text
+    np.testing.assert_array_equal(first.features, second.features)
+
+
+def test_the_key_is_the_content(own_tree, tmp_path):
+    cache = tmp_path / "cache"
+    extraction(own_tree, cache).features("val")
+    (first,) = folders(cache)
+    moved = own_tree.rename(tmp_path / "elsewhere")
+    extraction(moved, cache).features("val")
+    assert folders(cache) == [first], "the same files elsewhere"
+    for changed in (
+        {"sha256": "1"}, {"bf16": True}, {"size": 24}, {"crop": "tight"},
+    ):  # fmt: skip
+        before = len(folders(cache))
+        extraction(moved, cache, **changed).features("val")
+        assert len(folders(cache)) == before + 1, changed
+    tile = next((moved / "fmow-sentinel/val").rglob("*.tif"))
+    state = tile.stat()
+    os.utime(tile, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+    before = len(folders(cache))
+    extraction(moved, cache).features("val")
+    assert len(folders(cache)) == before + 1, "a file that was written anew"
+    lines = (moved / "val.csv").read_text().splitlines(keepends=True)
+    (moved / "val.csv").write_text("".join(lines[:-1]))
+    extraction(moved, cache).features("val")
+    assert len(folders(cache)) == before + 2, "a row less"
+
+
+def test_where_the_weights_came_from_does_not_matter(fmow_tree, tmp_path):
+    made = extraction(fmow_tree, tmp_path)
+    named = replace(made.opened.spec, source={"path": "a.pth", "sha256": "1"})
+    other = replace(made, opened=replace(made.opened, spec=named))
+    made.features("val")
+    other.features("val")
+    assert len(folders(tmp_path)) == 1
+
+
+def test_a_killed_extraction_goes_on(own_tree, tmp_path, monkeypatch, caplog):
+    (expected,) = (extraction(own_tree, tmp_path / "whole").features("train"),)
+    tile = sorted((own_tree / "fmow-sentinel/train").rglob("*.tif"))[0]
+    tile.write_bytes(tile.read_bytes()[:100])
+    read = module.read_features
+
+    def killed(encode, batches, *rest):
+        for number, batch in enumerate(read(encode, batches, *rest)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(module, "read_features", killed)
+    with pytest.raises(KeyboardInterrupt):
+        extraction(own_tree, tmp_path / "cache").features("train")
+    monkeypatch.undo()
+    monkeypatch.setattr(store_module, "RECORD_SECONDS", -1.0)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        found = extraction(own_tree, tmp_path / "cache").features("train")
+    assert "features of train: 16 of 53 images are in" in caplog.text
+    assert "features of 37 images of train" in caplog.text
+    assert f"{tile} cannot be used" in caplog.text, "counted again, so that the bearable share holds"
+    kept = np.isin(expected.indices, found.indices)
+    assert kept.sum() == len(kept) - 1
+    np.testing.assert_allclose(found.features, expected.features[kept], rtol=1e-4, atol=1e-5)
+
+
+def test_damaged_features_are_computed_again(fmow_tree, tmp_path, caplog):
+    first = extraction(fmow_tree, tmp_path).features("train")
+    expected = np.array(first.features)
+    (folder,) = tmp_path.iterdir()
+    content = bytearray((folder / "features.npy").read_bytes())
+    content[128 + 4 * expected.shape[1] * 20] ^= 0xFF
+    (folder / "features.npy").write_bytes(content)
+    with caplog.at_level(logging.INFO):
+        again = extraction(fmow_tree, tmp_path).features("train")
+    assert "is damaged: going on behind 16 intact images" in caplog.text
+    np.testing.assert_allclose(again.features, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("place", ["/dev/null/cache", "file"])
+def test_a_cache_that_cannot_be_written_is_done_without(fmow_tree, tmp_path, caplog, place):
+    (tmp_path / "file").write_text("")
+    cache = tmp_path / "file/cache" if place == "file" else tmp_path.__class__(place)
+    found = extraction(fmow_tree, cache, tmp_path / "spare").features("train")
+    assert len(found.labels) == 53
+    assert "the features of train are not kept for another time: cannot write" in caplog.text
+
+
+def test_a_disk_that_fills_up_is_left(fmow_tree, tmp_path, monkeypatch, caplog):
+    """What the full disk holds already is not computed again."""
+    write, cache = store_module._Appending.write, tmp_path / "cache"
+
+    def full(self, values, checksum):
+        if self.array.path.is_relative_to(cache) and self._stream.tell() > 128 + 4 * 2 * 600 * 16:
+            raise store_module.write_failure(self.array.path, OSError(28, "No space left on device"), resumable=False)
+        return write(self, values, checksum)
+
+    monkeypatch.setattr(store_module._Appending, "write", full)
+    with caplog.at_level(logging.INFO):
+        found = extraction(fmow_tree, cache, tmp_path / "spare").features("train")
+    assert "No space left on device" in caplog.text
+    assert "of 53 images are in" in caplog.text
+    expected = extraction(fmow_tree, tmp_path / "other").features("train")
+    np.testing.assert_allclose(found.features, expected.features, rtol=1e-4, atol=1e-5)
+
+
+def test_another_process_on_the_same_features_is_waited_for(fmow_tree, tmp_path, caplog):
+    made = extraction(fmow_tree, tmp_path)
+    folder = tmp_path / f"train-{made._digest('train')}"
+    folder.mkdir()
+    lock = FolderLock(folder)
+    lock.acquire()
+    found = []
+    with caplog.at_level(logging.INFO):
+        worker = threading.Thread(target=lambda: found.append(made.features("train")))
+        worker.start()
+        worker.join(0.5)
+        assert worker.is_alive()
+        assert "waiting for features:" in caplog.text
+        lock.release()
+        worker.join(30)
+    assert len(found[0].labels) == 53
