@@ -88,6 +88,10 @@ def task(options: Any) -> Iterator[Finding]:
     if options.loss is not None and options.loss not in known:
         text = f"--loss {options.loss} does not suit --task {options.task}. Choose among: {', '.join(known)}."
         yield Finding(("loss", "task"), text)
+    mixed = [name for name in ("mixup", "cutmix") if getattr(options, name)]
+    if mixed and options.loss in {"jaccard", "focal"}:
+        text = f"--{mixed[0]} makes shares of classes, which --loss {options.loss} does not take. Use {known[0]}."
+        yield Finding((mixed[0], "loss"), text)
     uses_ce = (options.loss or known[0]) == "ce"
     for name in ("class_weights", "label_smoothing"):
         if getattr(options, name) and not uses_ce:

@@ -29,7 +29,7 @@ COMMANDS = {
     "demo": "the whole path on a bundled Sentinel-2 scene: pre-train, probe, picture (minutes, CPU)",
     "pretrain": "extend pre-training to new imagery: ExPLoRA, all weights, or from scratch",
     "probe": "measure an encoder's features by kNN and a linear classifier",
-    "finetune": "train an encoder on labels: classes, masks or values; by LoRA, AdaLoRA, DoRA, fully, or its head alone",
+    "finetune": "train an encoder on labels (classes, masks, values): by LoRA, AdaLoRA, DoRA, fully",
     "export": "write an encoder for timm, TorchGeo, transformers, SatMAE or onnxruntime",
     "inspect": "say what a weights file or a run folder is",
     "recipes": "list, show or copy the settings that ship with the package",

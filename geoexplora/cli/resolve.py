@@ -68,7 +68,8 @@ def resolve(command: Command, argv: Sequence[str]) -> Request:
         settled.apply(read_yaml(run.text, run.label, list(command.fields), command.name))
         before = dict(settled.values)
     else:
-        settled.apply(_recipe_layer(command, _text(layers, "dataset"), _text(layers, "objective")))
+        variant = _text(layers, "objective") or _text(layers, "task")
+        settled.apply(_recipe_layer(command, _text(layers, "dataset"), variant))
     for layer in layers:
         settled.apply(layer)
     request = Request(parser, command.options(**settled.values), arguments.help, arguments.print_config)
@@ -149,15 +150,15 @@ def _config_layer(command: Command, name: str) -> Layer:
     return read_yaml(text, label, list(command.fields), command.name)
 
 
-def _recipe_layer(command: Command, dataset: str, objective: str) -> Layer:
-    """The recipe that ``--dataset`` stands for, where the command has one for it, or for it with ``--objective``.
+def _recipe_layer(command: Command, dataset: str, variant: str) -> Layer:
+    """The recipe that ``--dataset`` stands for, where the command has one: for its objective or task, or in general.
 
     All of TorchGeo's datasets share ``torchgeo``, where there is none of their own name.
     """
     known = recipe_names() if command.configurable else []
     entry = DATASETS.get(dataset)
     families = (dataset.partition(":")[0], *(["torchgeo"] if entry and entry.is_torchgeo else []))
-    names = [f"{command.name}/{family}{end}" for family in families for end in (f"-{objective}", "")]
+    names = [f"{command.name}/{family}{end}" for family in families for end in (f"-{variant}", "")]
     return next((_config_layer(command, name) for name in names if name in known), Layer())
 
 

@@ -19,8 +19,9 @@ class SampleDataModule(TilesDataModule):
     """Tiles of the bundled Sentinel-2 scene, labelled by land use; see ``TilesDataModule``, ``SampleTiles``.
 
     Splits follow the scene's eight area blocks, since neighbouring tiles look alike: one block to test on, two to
-    validate on, five to learn from (``area_splits``). Without targets the whole scene is one split ``train``. A mask's
-    pixels without known land use hold 255, the ``ignore_index``.
+    validate on, five to learn from (``area_splits``). Training without labels (``unlabelled``) reads all tiles of
+    these five. Without targets the whole scene is one split ``train``. A mask's pixels without known land use hold
+    255, the ``ignore_index``.
 
     Args:
         root: ignored: the scene comes with the package.
@@ -84,6 +85,15 @@ class SampleDataModule(TilesDataModule):
     def has_split(self, split: str) -> bool:
         """Whether there is a split ``train``, ``val`` or ``test_gt`` (``test``)."""
         return ("test_gt" if split == "test" else split) in self._blocks
+
+    @property
+    def training_source(self) -> TileSource:
+        """Without labels all tiles of the training areas, not only those of known land use."""
+        if not self.unlabelled:
+            return self.source("train")
+        if "unlabelled" not in self._sources:
+            self._sources["unlabelled"] = SampleTiles("none", self._blocks["train"], self.bands, self.tile_size)
+        return self._sources["unlabelled"]
 
     def open_split(self, split: str) -> TileSource:
         """Open one split.

@@ -166,6 +166,11 @@ class TilesDataModule(NonGeoDataModule):
             self.classes = source.classes or self.classes
         return self._sources[split]
 
+    @property
+    def training_source(self) -> TileSource:
+        """The tiles that training reads: those of ``train``, and without labels also others that a dataset has."""
+        return self.source("train")
+
     def normalize_by_dataset(self) -> None:
         """Normalize by the statistics of the training tiles at hand, instead of published ones.
 
@@ -193,7 +198,7 @@ class TilesDataModule(NonGeoDataModule):
                 raise ConfigError(f"whole tiles of {self.whole_tiles} px cannot be", "Give a size of at least 1 pixel.")
             else:
                 crop = WholeTile(self.normalization, self.whole_tiles, self.antialias)
-            self.train_dataset = TrainView(self.source("train"), crop, self.seed, self.ignore_index, self.unlabelled)
+            self.train_dataset = TrainView(self.training_source, crop, self.seed, self.ignore_index, self.unlabelled)
         if stage == "validate":
             self.val_dataset = self.eval_dataset("val")
         if stage == "test":

@@ -86,7 +86,7 @@ class MetricsWriter(Callback):
         every_n_steps: N.
         images_per_step: effective batch size.
         clock: paused where something else than steps takes time.
-        watch: judges each row.
+        watch: judges each row; None: nobody does.
         names: what to call the sample of an index.
     """
 
@@ -96,7 +96,7 @@ class MetricsWriter(Callback):
         every_n_steps: int,
         images_per_step: int,
         clock: StepClock,
-        watch: HealthWatch,
+        watch: HealthWatch | None,
         names: Callable[[int], str] = str,
     ) -> None:
         self.clock = clock
@@ -165,7 +165,8 @@ class MetricsWriter(Callback):
             features = torch.cat([one["features"] for one in collected if "features" in one] or [torch.empty(0)])
             row |= feature_health(features) if len(features) > 1 else {}
             self.metrics.append(row | {"images_per_second": rate})
-            self.watch(row)
+            if self.watch is not None:
+                self.watch(row)
         pl_module.log("loss", float(means[0]), prog_bar=True, rank_zero_only=True)
 
 

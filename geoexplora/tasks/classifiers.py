@@ -44,7 +44,9 @@ class Scores:
 
 
 def knn_classifier(k: int, samples: int) -> Pipeline:
-    """Majority vote of the nearest neighbours on standardized features.
+    """Majority vote of the nearest neighbours on standardized features, for features of unlike scales.
+
+    Those of one encoder are alike: ``geoexplora.tasks.probe.knn``.
 
     Args:
         k: neighbours; at most ``samples`` are taken.

@@ -67,7 +67,7 @@ class DataTask(BaseTask):
             self.build_models()
         if not self.spec.normalization and datamodule is not None:  # weights that do not tell theirs
             found = data_input(datamodule, [self.spec.bands])
-            chosen = _select(found.normalization, self.spec.bands)
+            chosen = found.normalization.select(self.spec.bands)
             self.spec = replace(self.spec, normalization=chosen.to_dict())
         self.adapter = BatchAdapter(
             datamodule,
@@ -114,17 +114,11 @@ class DataTask(BaseTask):
             contract = Normalization.from_dict(source.normalization)
             wanted = found.sensor.select(h["bands"]) if h["bands"] else found.bands if h["groups"] else contract.bands
             if set(wanted) <= set(contract.bands):
-                return DataInput(found.sensor, wanted, _select(contract, wanted))
+                return DataInput(found.sensor, wanted, contract.select(wanted))
         bands = found.sensor.select(h["bands"]) if h["bands"] else found.bands
         absent = [band for band in bands if band not in found.bands]
         if absent:
             raise ConfigError(
                 f"the datamodule's images have no band {', '.join(absent)}", f"They have: {', '.join(found.bands)}."
             )
-        return DataInput(found.sensor, bands, _select(found.normalization, bands))
-
-
-def _select(normalization: Normalization, bands: tuple[str, ...]) -> Normalization:
-    at = [normalization.bands.index(band) for band in bands]
-    mean, std = (tuple(values[i] for i in at) for values in (normalization.mean, normalization.std))
-    return Normalization(normalization.method, bands, mean, std)
+        return DataInput(found.sensor, bands, found.normalization.select(bands))

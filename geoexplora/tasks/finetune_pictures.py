@@ -31,8 +31,8 @@ def draw_predictions(
 ) -> None:
     """Draw what a model got right and wrong.
 
-    Of classes the surest right and the surest wrong predictions of each, and the confusion matrix; of masks images from the
-    best to the worst; of values all of them, and the images of the largest errors.
+    Of classes the surest right and the surest wrong predictions of each, and the confusion matrix; of masks images
+    from the best to the worst; of values all of them, and the images of the largest errors.
 
     Args:
         folder: the run folder.

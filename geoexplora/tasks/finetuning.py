@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torchmetrics.wrappers import ClasswiseWrapper
 
 from geoexplora.datamodules.tiles import TilesDataModule
 from geoexplora.errors import ConfigError
@@ -26,7 +27,7 @@ from geoexplora.tasks.finetune_building import build_finetuning
 from geoexplora.tasks.finetune_exports import export_model
 from geoexplora.tasks.finetune_pictures import draw_predictions
 from geoexplora.tasks.finetune_task import FineTuneTask
-from geoexplora.tasks.health import HealthWatch, sample_names
+from geoexplora.tasks.health import sample_names
 from geoexplora.tasks.labelled_data import KINDS, look_at_labels
 from geoexplora.tasks.opening import open_encoder, open_for
 from geoexplora.tasks.parallel import SharedFailure, fit, process_rank
@@ -65,7 +66,7 @@ def finetune(options: Any) -> dict[str, float]:
         encoder, spec, datamodule, record = _open(options, saved)
         labels = look_at_labels(options, datamodule)
         datamodule.setup("fit")
-        images = len(datamodule.source("train"))
+        images = len(datamodule.training_source)
         schedule = Schedule.of(options, images)
         task = build_finetuning(options, encoder, spec, labels, datamodule.ignore_index, schedule)
         task.extra_state = {DATA_KEY: data_record(datamodule), SOURCE_KEY: record}
@@ -84,6 +85,8 @@ def finetune(options: Any) -> dict[str, float]:
             _record(folder, options, task, record, images, schedule)
         datamodule.num_batches = schedule.steps * schedule.accumulate
         datamodule.first_batch = step * schedule.accumulate
+        if saved:  # processes that fork, and runs that have ended, do not load it by themselves
+            task.load_state_dict(saved["state_dict"])
         if not _has_stopped(saved, validation):
             fit(trainer, failure, task, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
         return _finish(options, folder, task, datamodule) if leads else {}
@@ -116,7 +119,8 @@ def _validation(
     schedule: Schedule,
 ) -> Validation:
     monitor = options.monitor or task.monitor
-    names = [f"val_{name}" for name in (*task.new_metrics(), "loss")]
+    single = [name for name, metric in task.new_metrics().items() if not isinstance(metric, ClasswiseWrapper)]
+    names = [f"val_{name}" for name in (*single, "loss")]
     if monitor not in names:
         raise ConfigError(
             f"--monitor {monitor} is no metric of --task {options.task}",
@@ -140,8 +144,7 @@ def _trainer(
 ) -> Trainer:
     clock = validation.clock
     names = sample_names(validation.datamodule.source("train"))
-    watch = HealthWatch(None, None)
-    writer = MetricsWriter(metrics, options.log_every, schedule.images_per_step, clock, watch, names)
+    writer = MetricsWriter(metrics, options.log_every, schedule.images_per_step, clock, None, names)
     callbacks: list[Callback] = [failure, writer, progress_callback("fine-tuning"), validation]
 
     def before_save() -> None:

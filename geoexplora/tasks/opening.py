@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from geoexplora.bands import SENSORS
 from geoexplora.datamodules.tiles import TilesDataModule
 from geoexplora.errors import ConfigError
 from geoexplora.registry import find_dataset, load
@@ -116,7 +117,7 @@ def open_encoder(options: Any, target: str | None = None) -> OpenedEncoder:
         options,
         target,
         image_size=options.image_size or (IMAGE_SIZE if spec is None else spec.image_size),
-        normalization=options.normalization or (NORMALIZATION if spec is None else spec.normalization["method"]),
+        normalization=_normalization(options, spec),
         antialias=antialias,
     )
     fitted = fit_encoder(
@@ -138,6 +139,16 @@ def open_encoder(options: Any, target: str | None = None) -> OpenedEncoder:
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     record = None if source is None else source.record()
     return OpenedEncoder(fitted.encoder, fitted.spec, datamodule, record, digest)
+
+
+def _normalization(options: Any, spec: EncoderSpec | None) -> Normalization | str:
+    """The encoder's own where it knows the bands and nothing else is asked for; else a method, with new statistics."""
+    method: str = options.normalization or (NORMALIZATION if spec is None else spec.normalization["method"])
+    known = spec is not None and find_dataset(options.dataset).sensor == spec.sensor
+    if spec is None or not known or options.normalization is not None or options.statistics == "dataset":
+        return method
+    bands = SENSORS[spec.sensor].select(options.bands or spec.bands)
+    return Normalization.from_dict(spec.normalization).select(bands) if set(bands) <= set(spec.bands) else method
 
 
 def open_for(options: Any, spec: EncoderSpec, target: str | None = None) -> TilesDataModule:

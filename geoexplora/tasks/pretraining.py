@@ -54,7 +54,7 @@ def pretrain(options: Any) -> dict[str, Any]:
         datamodule = open_data(options)
         datamodule.whole_tiles, datamodule.unlabelled = whole_tile_size(options), True
         datamodule.setup("fit")
-        images = len(datamodule.source("train"))
+        images = len(datamodule.training_source)
         schedule = Schedule.of(options, images)
         task = build_task(options, datamodule, schedule, saved.get(SOURCE_KEY))
         task.data_state = data_record(datamodule)
@@ -86,7 +86,7 @@ def data_record(datamodule: TilesDataModule) -> dict[str, Any]:
     Returns:
         Plain types: ``images``, ``rows`` (a digest) and ``normalization``.
     """
-    source = datamodule.source("train")
+    source = datamodule.training_source
     rows = hashlib.sha256()
     for name in ("labels", "location_ids", "image_ids"):
         rows.update(np.ascontiguousarray(getattr(source, name, [])).tobytes())
@@ -145,7 +145,7 @@ def _trainer(
     failure: SharedFailure,
 ) -> Trainer:
     clock, export = StepClock(), RunExport(folder, datamodule)
-    names = sample_names(datamodule.source("train"))
+    names = sample_names(datamodule.training_source)
     writer = MetricsWriter(metrics, options.log_every, schedule.images_per_step, clock, _watch(folder, task), names)
     callbacks: list[Callback] = [failure, writer, progress_callback("pre-training"), FirstFeatures(export)]
     if options.probe_every and _has_labels(datamodule):

@@ -85,6 +85,9 @@ class ExPLoRASegmentation(ClassificationMixin, FineTuneTask):
         if ignored is not None and bool((target == ignored).all()):
             return output.sum() * 0.0
         self.labelled |= self.training
+        if self.hparams["loss"] == "jaccard" and ignored is not None:  # smp's counts all pixels, of the whole batch
+            counted = target != ignored
+            output, target = output.permute(1, 0, 2, 3)[:, counted][None, :, :, None], target[counted][None, :, None]
         return self.criterion(output.float(), target)
 
     def check_labels(self) -> None:
@@ -101,7 +104,7 @@ class ExPLoRASegmentation(ClassificationMixin, FineTuneTask):
 
     def on_validation_start(self) -> None:
         """Look at what was trained on."""
-        if self.trainer.state.fn == "fit":
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self.check_labels()
 
     def predicted(self, output: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ The choice travels with the weights, so that an encoder is never fed what it was
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -66,6 +66,12 @@ class Normalization:
     def from_statistics(cls, method: str, statistics: Statistics) -> Normalization:
         """The named normalization with the given statistics."""
         return cls(method, statistics.bands, statistics.mean, statistics.std)
+
+    def select(self, bands: Sequence[str]) -> Normalization:
+        """The same of the named bands, in the given order."""
+        at = [self.bands.index(band) for band in bands]
+        mean, std = (tuple(values[i] for i in at) for values in (self.mean, self.std))
+        return Normalization(self.method, tuple(bands), mean, std)
 
     @cached_property
     def _offset_scale(self) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
     def load_without_work(name: str) -> Command:
         command = load(name)
-        if name in {"pretrain", "probe", "demo"}:
+        if name in {"pretrain", "probe", "finetune", "demo"}:
             fields = {name: getattr(command, name) for name in command.__dataclass_fields__}
             return Command(**fields | {"run": lambda options: seen.append(options) or 0})
         return command

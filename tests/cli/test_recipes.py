@@ -15,11 +15,42 @@ def test_every_dataset_has_its_recipe():
     assert recipes <= set(recipe_names())
 
 
-@pytest.mark.parametrize("name", [name for name in recipe_names() if not name.startswith("torchgeo/")])
+OWN = [name for name in recipe_names() if not name.startswith("torchgeo/")]
+"""Recipes of this command line; the others are for TorchGeo's."""
+
+
+@pytest.mark.parametrize("name", OWN)
 def test_recipe_resolves(run, name):
-    got = run(name.split("/")[0], "--config", name, "--root", "data", "--output", "runs/a")
+    command, words = name.partition("/")[0], ("--config", name, "--root", "data", "--output", "runs/a")
+    got = run(command, *words, *(() if command == "pretrain" else ("--init", "dinov2-vitb14")))
     assert got.status == 0, got.err
     assert got.options.output == "runs/a"
+
+
+def header_command(name):
+    """The words of the first command line in a header; its further lines are indented more."""
+    lines = recipe_file(name).read_text().splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("# Command:"))
+    words = lines[first].removeprefix("# Command:").split()
+    for line in lines[first + 1 :]:
+        if not line.startswith("#             "):
+            break
+        words += line.lstrip("#").split()
+    return words
+
+
+@pytest.mark.parametrize("name", [name for name in OWN if not name.startswith("pretrain/demo-")])
+def test_the_command_in_the_header_gives_the_recipe(run, name):
+    program, command, *words = header_command(name)
+    assert (program, command) == ("geoexplora", name.partition("/")[0])
+    if "--init" in words:  # no such run or file here
+        Path(words[words.index("--init") + 1]).mkdir(parents=True)
+    said = {word.removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
+    got = run(command, *words)
+    assert got.status == 0, got.err
+    recipe = run(command, "--config", name, "--root", "data", "--output", "b", "--init", got.options.init or "none")
+    differing = {key for key, value in vars(got.options).items() if value != getattr(recipe.options, key)}
+    assert differing <= said | {"root", "output"}
 
 
 @pytest.mark.parametrize("name", recipe_names())

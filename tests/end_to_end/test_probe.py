@@ -16,7 +16,10 @@ from geoexplora.tasks.probe import store
 
 ESTIMATE = r"(\d\.\d{4})(?: ± (\d\.\d{4}))?"
 LINE = re.compile(rf"^(all|\d+ a class) +(knn k=\d+|linear|logistic) +{ESTIMATE} +{ESTIMATE}(?: +(.+))?$")
-QUICK = ("--num-workers", "0", "--accelerator", "cpu", "--k", "20", "--linear-steps", "5")
+QUICK = (
+    "--num-workers", "0", "--accelerator", "cpu", "--precision", "32", "--k", "20", "--linear-steps", "5",
+    "--classifiers", "knn,linear,logistic", "--select", "held-out",
+)  # fmt: skip
 
 
 @pytest.fixture

@@ -15,7 +15,13 @@ from geoexplora.cli.recipe_files import recipe_file, recipe_names
 from geoexplora.datasets.sample_rgb_tree import write_fmow_rgb_tree
 from geoexplora.runs.metrics import read_metrics
 
-from ..datasets.torchgeo_trees import write_resisc45
+from ..datasets.torchgeo_trees import (
+    write_bigearthnet,
+    write_eurosat,
+    write_resisc45,
+    write_so2sat,
+    write_ssl4eo_s12,
+)
 
 RECIPES = [name for name in recipe_names() if name.startswith("pretrain/")]
 
@@ -30,8 +36,16 @@ SMALL_DECODER = ("--decoder-width", "32", "--decoder-depth", "1", "--decoder-hea
 @pytest.fixture(scope="module")
 def roots(fmow_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     rgb = write_fmow_rgb_tree(tmp_path_factory.mktemp("rgb") / "data", limit=1)
-    torchgeo = write_resisc45(tmp_path_factory.mktemp("torchgeo"))
-    roots = {"fmow-sentinel": fmow_tree, "fmow-rgb": rgb, "torchgeo:RESISC45": torchgeo}
+    torchgeo = tmp_path_factory.mktemp("torchgeo")
+    roots = {
+        "fmow-sentinel": fmow_tree,
+        "fmow-rgb": rgb,
+        "torchgeo:RESISC45": write_resisc45(torchgeo / "resisc45"),
+        "eurosat": write_eurosat(torchgeo / "eurosat"),
+        "so2sat": write_so2sat(torchgeo / "so2sat"),
+        "bigearthnet": write_bigearthnet(torchgeo / "bigearthnet"),
+        "ssl4eo-s12": write_ssl4eo_s12(torchgeo / "ssl4eo-s12"),
+    }
     return roots | dict.fromkeys(("photographs", "sample"), rgb)  # these need none
 
 
@@ -59,6 +73,13 @@ def test_one_step(geoexplora: Callable[..., Any], roots: dict[str, Path], tmp_pa
     assert ("LoRA" in parts) == (recipe["mode"] == "explora" and recipe["rank"] > 0)
     whole = recipe["mode"] != "explora" or bool(recipe["whole_blocks"])
     assert ("whole blocks" in parts) == whole
+
+
+@pytest.mark.parametrize("name", ["eurosat", "so2sat", "bigearthnet", "ssl4eo-s12"])
+def test_datasets_by_name_train_as_the_paper_does_on_many_bands(geoexplora: Callable[..., Any], name: str) -> None:
+    recipe, sentinel = settings(geoexplora, f"pretrain/{name}"), settings(geoexplora, "pretrain/fmow-sentinel")
+    same = ("bands", "groups", "mode", "whole_blocks", "rank", "objective", "mask_ratio", "mask", "lr", "weight_decay")
+    assert {key: recipe[key] for key in same} == {key: sentinel[key] for key in same}
 
 
 def test_papers_rows_are_there() -> None:

@@ -230,25 +230,6 @@ def test_resumed_by_torchgeo(roots: dict[str, Path], tmp_path: Path) -> None:
     assert torch.equal(later["blocks.3.mlp.fc1.weight"], first["blocks.3.mlp.fc1.weight"]), "frozen, also after that"
 
 
-def test_with_our_datamodule_a_resumed_run_equals_an_uninterrupted_one(roots: dict[str, Path], tmp_path: Path) -> None:
-    def config(folder: Path, epochs: int) -> dict[str, Any]:
-        made = pretrain(Path(), total_steps=8)
-        words = {"root": str(roots["EuroSAT"]), "name": "EuroSAT", "bands": list(FMOW_SENTINEL_BANDS)}
-        words |= {"image_size": 16, "batch_size": 2}
-        made["data"] = {"class_path": "geoexplora.datamodules.torchgeo_source.TorchGeoDataModule", "init_args": words}
-        export = {"class_path": "geoexplora.tasks.EncoderExport", "init_args": {"path": str(folder)}}
-        made["trainer"] |= {"max_epochs": epochs, "limit_train_batches": 1.0, "callbacks": [export]}
-        return made
-
-    once, twice = tmp_path / "once", tmp_path / "twice"
-    run(config(once, 2), once)
-    run(config(twice, 1), twice)
-    run(config(twice, 2), twice, "--ckpt_path", str(next(twice.rglob("*.ckpt"))))
-    first, second = (load_file(folder / "encoder.safetensors") for folder in (once, twice))
-    for name, value in first.items():
-        torch.testing.assert_close(second[name], value, rtol=0, atol=0, msg=lambda text, name=name: f"{name}: {text}")
-
-
 def test_weights_of_the_same_sensor_say_what_the_input_is(roots: dict[str, Path], tmp_path: Path) -> None:
     file = sentinel_weights(tmp_path / "s.safetensors")
     config = pretrain(roots["EuroSATDataModule"], init=str(file))

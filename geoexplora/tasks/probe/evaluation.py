@@ -157,6 +157,10 @@ class Evaluation:
             return result
 
         chosen = self._chosen(folds)
+        if 1 in self.shots and "linear" in chosen and self.linear.select == "held-out":
+            log.warning(
+                "one label a class leaves none to hold out: the linear probe's setting is chosen on what it learns"
+            )
         for shots in self.shots or (None,):
             for seed in range(self.seed, self.seed + self.repeats):
                 drawn = folds if shots is None else list(few_shot(folds, labels, shots, seed))

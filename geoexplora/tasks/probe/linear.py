@@ -5,7 +5,6 @@ Shapes: M test rows, H settings.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,6 @@ from numpy.typing import NDArray
 from geoexplora.tasks.classifiers import Folds
 from geoexplora.tasks.probe.heads import LinearHeads, Setting
 from geoexplora.tasks.probe.rows import FeatureRows, Index
-
-log = logging.getLogger(__name__)
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 """DINOv2's learning rates for 256 images in a batch."""
@@ -153,9 +150,6 @@ def hold_out(rows: Index, labels: Index, share: float, seed: int) -> tuple[Index
         held.append(draws.permutation(members)[:count])
     out = np.sort(np.concatenate(held))
     if not len(out):
-        log.warning(
-            "one label a class leaves none to hold out: the linear probe's setting is chosen on the training samples"
-        )
         return rows, rows
     return np.setdiff1d(rows, out), out
 

@@ -106,14 +106,14 @@ def _labelled_splits(options: Any, datamodule: TilesDataModule) -> list[str]:
     """The splits to read, known to be there, and as far as labels are listed, to hold two classes, before all else."""
     if options.holdout == "split":
         splits = ["train", options.test_split]
-        gone = [split for split in splits if not datamodule.has_split(split)]
+        gone = [split for split in splits if not _has_labels(datamodule, split)]
         if gone:
             raise DataError(
                 f"{options.dataset} has no labelled split {' and no split '.join(gone)} there",
                 "Add it, name another by --test-split, or use --holdout location to split by place.",
             )
     else:
-        splits = [split for split in ("train", "val", "test") if datamodule.has_split(split)]
+        splits = [split for split in ("train", "val", "test") if _has_labels(datamodule, split)]
     listed = np.unique(np.concatenate([datamodule.eval_dataset(split).labels for split in splits]))
     if len(listed) == 1 and listed[0] >= 0:
         names = datamodule.classes
@@ -122,6 +122,10 @@ def _labelled_splits(options: Any, datamodule: TilesDataModule) -> list[str]:
             "A probe needs labels of two classes or more.",
         )
     return splits
+
+
+def _has_labels(datamodule: TilesDataModule, split: str) -> bool:
+    return datamodule.has_split(split) and datamodule.source(split).target == "class"
 
 
 def _class_names(datamodule: TilesDataModule, labels: Index) -> tuple[str, ...]:

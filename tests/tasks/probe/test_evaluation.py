@@ -88,6 +88,13 @@ def test_seeds_draw_other_labels(data):
     assert result.accuracy.interval > 0
 
 
+def test_one_label_a_class_leaves_none_to_choose_by(data, caplog):
+    evaluation(shots=(2,), classifiers=("linear",)).run(*data)
+    assert not caplog.records
+    evaluation(shots=(1,), classifiers=("linear",), repeats=2).run(*data)
+    assert caplog.text.count("one label a class leaves none to hold out") == 1
+
+
 def test_logistic_regression_is_for_few_samples(data, monkeypatch):
     assert LOGISTIC_LIMIT == 10_000
     monkeypatch.setattr("geoexplora.tasks.probe.evaluation.LOGISTIC_LIMIT", 69)
