@@ -36,8 +36,8 @@ _WORDS = {
     "value": "has a value for each image",
 }
 
-LOOKED_AT = 2048
-"""Training images whose targets are read where a dataset does not list them."""
+MOST, FEW = 2048, 256
+"""Images whose targets are read where a dataset does not list them: to count classes, to look for them."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def look_at_labels(options: Any, datamodule: TilesDataModule) -> Labels:
         )
     datamodule.source("val")
     if options.task == "regression":
-        values = np.array([value for _, value in _targets(datamodule)], dtype=np.float64)
+        values = np.array(list(_targets(datamodule, "train", MOST)), dtype=np.float64)
         if len(np.unique(values)) < 2:
             raise DataError("all training images have the same value", "Nothing can be learned from them.")
         return Labels((), None, float(values.mean()), float(values.std()))
@@ -90,13 +90,17 @@ def look_at_labels(options: Any, datamodule: TilesDataModule) -> Labels:
             f"--class-weights has {len(weights)} numbers for {len(classes)} classes",
             f"Give one for each of: {', '.join(classes)}.",
         )
-    counts = _counts(options.task, datamodule, len(classes), weights == "balanced")
+    looked_at, counts = _counts(options.task, datamodule, "train", len(classes), MOST if weights == "balanced" else FEW)
     if counts is not None:
-        _check_counts(counts, classes, "pixels" if options.task == "segmentation" else "images")
+        _check_counts(counts, classes, looked_at, "pixels" if options.task == "segmentation" else "images")
         if weights == "balanced":  # as scikit-learn's: inverse frequencies with a mean of 1 over the samples
             present = counts > 0
             share = counts.sum() / (present.sum() * np.maximum(counts, 1))
             weights = tuple(np.where(present, share, 0.0).tolist())
+    _, held = _counts(options.task, datamodule, "val", len(classes), FEW)
+    if held is not None and np.count_nonzero(held) < 2:
+        found = f"one class, {classes[int(held.argmax())]}" if held.any() else "no class"
+        log.warning("the validation images are of %s: their scores say little", found)
     return Labels(classes, weights)
 
 
@@ -117,50 +121,55 @@ def _classes(options: Any, datamodule: TilesDataModule) -> tuple[str, ...]:
     return known or tuple(f"class {number}" for number in range(wanted))
 
 
-def _counts(task: str, datamodule: TilesDataModule, count: int, needed: bool) -> NDArray[np.int64] | None:
-    """Training samples of each class (pixels of masks), where they are listed or needed."""
-    listed = datamodule.eval_dataset("train").labels
+def _counts(
+    task: str, datamodule: TilesDataModule, split: str, count: int, most: int
+) -> tuple[int | None, NDArray[np.int64] | None]:
+    """How many images were looked at (None: all of them), and their samples (pixels of masks) of each class."""
+    if task == "multilabel":
+        return None, None
+    source, listed = datamodule.source(split), datamodule.eval_dataset(split).labels
     if task == "classification" and (listed >= 0).all():
         outside = np.flatnonzero(listed >= count)
         if len(outside):
             at = int(outside[0])
             raise DataError(
-                f"{datamodule.source('train').path(at)} has the label {listed[at]}, which is none of {count} classes",
+                f"{source.path(at)} has the label {listed[at]}, which is none of {count} classes",
                 "Correct its label, or --num-classes.",
             )
-        return np.bincount(listed, minlength=count)
-    if not needed or task == "multilabel":
-        return None
+        return None, np.bincount(listed, minlength=count)
     found = np.zeros(count, dtype=np.int64)
-    for _, target in _targets(datamodule):
+    for target in _targets(datamodule, split, most):
         values = np.atleast_1d(target).ravel().astype(np.int64)
         if datamodule.ignore_index is not None:
             values = values[values != datamodule.ignore_index]
         found += np.bincount(values, minlength=count)[:count]
-    return found
+    return (None if most >= len(source) else most), found
 
 
-def _targets(datamodule: TilesDataModule) -> Iterator[tuple[int, Any]]:
-    """Index and target of up to ``LOOKED_AT`` training images, evenly spread."""
-    source = datamodule.source("train")
-    chosen = np.unique(np.linspace(0, len(source) - 1, min(LOOKED_AT, len(source))).astype(int)).tolist()
+def _targets(datamodule: TilesDataModule, split: str, most: int) -> Iterator[Any]:
+    """Targets of up to so many images, evenly spread."""
+    source = datamodule.source(split)
+    chosen = np.unique(np.linspace(0, len(source) - 1, min(most, len(source))).astype(int)).tolist()
     for index in chosen:
-        yield index, check_target(source.read(index), source, index, datamodule.ignore_index)
+        yield check_target(source.read(index), source, index, datamodule.ignore_index)
 
 
-def _check_counts(counts: NDArray[np.int64], classes: tuple[str, ...], what: str) -> None:
+def _check_counts(counts: NDArray[np.int64], classes: tuple[str, ...], looked_at: int | None, what: str) -> None:
+    """Refuse what cannot be learned from; of a part of the images only warn."""
     present = np.flatnonzero(counts)
-    if not len(present):
-        raise DataError("the training masks hold no class at all", "Check --ignore-index and the masks.")
-    if len(present) == 1:
-        raise DataError(
-            f"all training {what} are of one class, {classes[int(present[0])]}", "Labels of two classes are needed."
-        )
+    if len(present) < 2:
+        found = f"of one class, {classes[int(present[0])]}" if len(present) else "of no class, only of the ignored value"
+        if looked_at is None:
+            raise DataError(
+                f"all training {what} are {found}", "Two classes are needed: check the data and --ignore-index."
+            )
+        log.warning("the %s of all %d training images looked at are %s", what, looked_at, found)
+        return
     absent = [classes[at] for at in np.flatnonzero(counts == 0)]
     if absent:
-        log.warning(
-            "no training %s of %s: %s cannot be learned", what, _some(absent), "it" if len(absent) == 1 else "they"
-        )
+        among = "" if looked_at is None else f" among {looked_at} images looked at"
+        rest = "it cannot be learned" if len(absent) == 1 else "they cannot be learned"
+        log.warning("no training %s of %s%s: %s", what, _some(absent), among, rest)
 
 
 def _some(names: Any) -> str:

@@ -90,22 +90,18 @@ class ExPLoRASegmentation(ClassificationMixin, FineTuneTask):
             output, target = output.permute(1, 0, 2, 3)[:, counted][None, :, :, None], target[counted][None, :, None]
         return self.criterion(output.float(), target)
 
-    def check_labels(self) -> None:
-        """Refuse to go on where no training mask held a class.
+    def on_validation_start(self) -> None:
+        """Refuse to go on where no training mask of an epoch held a class.
 
         Raises:
             DataError: if so.
         """
-        if not self.labelled:
+        trainer = self.trainer
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and not self.labelled:
             raise DataError(
                 f"the training masks hold nothing but the ignored value {self.hparams['ignore_index']}",
                 "Check --ignore-index and the masks.",
             )
-
-    def on_validation_start(self) -> None:
-        """Look at what was trained on."""
-        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
-            self.check_labels()
 
     def predicted(self, output: Tensor) -> Tensor:
         """Probabilities (B, K, S, S)."""

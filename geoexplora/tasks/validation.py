@@ -99,9 +99,6 @@ class Validation(Callback):
         step = trainer.global_step
         state: dict[str, Any] = {}
         if trainer.is_global_zero:
-            check_labels = getattr(task, "check_labels", None)
-            if check_labels is not None:
-                check_labels()
             scores = self.evaluate(task, trainer.precision == "bf16-mixed")
             self.metrics.append({"step": step, **scores})
             self._judge(step, scores[self.monitor], task)
@@ -135,7 +132,8 @@ class Validation(Callback):
             save_best(self.best_file, task, step, score)
         else:
             self.waited += 1
-        log.info("validation at step %d: %s %.4f, best %.4f", step, self.monitor, score, self.best_score or math.nan)
+        best = math.nan if self.best_score is None else self.best_score
+        log.info("validation at step %d: %s %.4f, best %.4f", step, self.monitor, score, best)
 
 
 def save_best(path: Path, task: FineTuneTask, step: int, score: float) -> None:

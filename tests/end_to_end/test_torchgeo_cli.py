@@ -203,7 +203,7 @@ def test_epochs_metrics_checkpoint_and_probe(
     got = geoexplora("inspect", tmp_path / "mine.safetensors")
     assert got.status == 0, got.err
     words = ("--dataset", "eurosat", "--root", root, "--init", tmp_path / "mine.safetensors")
-    got = geoexplora("probe", *words, "--output", tmp_path / "probe", "--accelerator", "cpu")
+    got = geoexplora("probe", *words, "--output", tmp_path / "probe", "--accelerator", "cpu", "--test-split", "val")
     assert got.status == 0, got.err
 
 

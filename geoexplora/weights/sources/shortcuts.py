@@ -1,6 +1,4 @@
-"""What source weights may be called beside paths and addresses: short names of public files and of bundled ones, and
-names of other libraries. Torch-free.
-"""
+"""What source weights may be called beside paths and addresses: short names of files, and other names. Torch-free."""
 
 from __future__ import annotations
 
