@@ -47,11 +47,12 @@ from geoexplora.datamodules.tiles import TilesDataModule
 from geoexplora.datamodules.views import TrainView
 from geoexplora.datasets.sample import Tiles, labelled_tiles, read_scene, unlabelled_tiles
 from geoexplora.datasets.tiles import Tile, TileSource
+from geoexplora.models.pooling import pool_tokens
 from geoexplora.runs.metrics import Metrics, read_metrics
 from geoexplora.tasks import ExPLoRADINOv2
 from geoexplora.tasks.callbacks import MetricsWriter, StepClock
 from geoexplora.tasks.classifiers import knn_classifier, leave_locations_out, linear_classifier
-from geoexplora.tasks.features import evaluating, pool_tokens
+from geoexplora.tasks.features import evaluating
 from geoexplora.tasks.health import HealthWatch
 from geoexplora.transforms.crop import WholeTile
 

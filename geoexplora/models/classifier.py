@@ -10,6 +10,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from geoexplora.models.pooling import normalizes_pooled, pool_tokens
+
 Pooling = Literal["cls", "mean", "cls+mean"]
 
 
@@ -28,9 +30,7 @@ class PooledClassifier(nn.Module):
         self.encoder = encoder
         self.pool = pool
         self.num_groups: int = getattr(encoder, "num_groups", 1)
-        # Such an encoder normalizes the mean of all its tokens, not the tokens.
-        self.normalizes_mean = isinstance(encoder.norm, nn.Identity)
-        groups = 1 if self.normalizes_mean else self.num_groups
+        groups = 1 if normalizes_pooled(encoder) else self.num_groups
         width = encoder.embed_dim * {"cls": 1, "mean": groups, "cls+mean": 1 + groups}[pool]
         self.head = nn.Linear(width, num_outputs)
         nn.init.trunc_normal_(self.head.weight, std=0.01)
@@ -54,10 +54,9 @@ class PooledClassifier(nn.Module):
             return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
 
     def _mean(self, tokens: Tensor) -> Tensor:
-        if self.normalizes_mean:
+        if normalizes_pooled(self.encoder):
             return self.encoder.forward_head(tokens, pre_logits=True)
-        patches = tokens[:, self.encoder.num_prefix_tokens :].unflatten(1, (self.num_groups, -1))
-        return patches.mean(2).flatten(1)
+        return pool_tokens(tokens, self.num_groups, "mean", self.encoder.num_prefix_tokens)
 
     def forward(self, images: Tensor) -> Tensor:
         """Outputs, before any softmax.

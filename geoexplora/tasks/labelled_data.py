@@ -158,7 +158,9 @@ def _check_counts(counts: NDArray[np.int64], classes: tuple[str, ...], looked_at
     """Refuse what cannot be learned from; of a part of the images only warn."""
     present = np.flatnonzero(counts)
     if len(present) < 2:
-        found = f"of one class, {classes[int(present[0])]}" if len(present) else "of no class, only of the ignored value"
+        found = "of no class, only of the ignored value"
+        if len(present):
+            found = f"of one class, {classes[int(present[0])]}"
         if looked_at is None:
             raise DataError(
                 f"all training {what} are {found}", "Two classes are needed: check the data and --ignore-index."

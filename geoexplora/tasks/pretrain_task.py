@@ -16,8 +16,8 @@ from geoexplora.models.attention import use_fast_attention
 from geoexplora.models.encoding import set_drop_path
 from geoexplora.models.initialization import initialize_plain_encoder
 from geoexplora.models.linear import use_fast_linears
+from geoexplora.models.pooling import Pool
 from geoexplora.tasks.data_task import DataTask
-from geoexplora.tasks.features import Pool
 from geoexplora.tasks.optimization import parameter_groups
 from geoexplora.tasks.scheduled_task import ScheduledTask
 from geoexplora.tasks.sources import architecture, load_source, of_architecture

@@ -8,8 +8,9 @@ import timm
 import torch
 
 from geoexplora.errors import DataError
+from geoexplora.models.pooling import pool_tokens
 from geoexplora.tasks.classifiers import few_shot, knn_classifier, leave_locations_out, linear_classifier, score
-from geoexplora.tasks.features import extract_features, feature_health, pool_tokens
+from geoexplora.tasks.features import extract_features, feature_health
 
 
 def test_pooling():

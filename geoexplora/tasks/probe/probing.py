@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 
 from geoexplora.datamodules.tiles import TilesDataModule
 from geoexplora.errors import ConfigError, DataError
+from geoexplora.models.pooling import Pool
 from geoexplora.registry import find_dataset
 from geoexplora.tasks.classifiers import Folds, leave_locations_out
-from geoexplora.tasks.features import Pool, ProbeFeatures
+from geoexplora.tasks.features import ProbeFeatures
 from geoexplora.tasks.labelled_data import KINDS
 from geoexplora.tasks.opening import OpenedEncoder, open_encoder
 from geoexplora.tasks.probe.evaluation import Evaluation, Result

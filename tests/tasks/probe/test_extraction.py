@@ -15,8 +15,9 @@ from torch import nn
 
 from geoexplora.datamodules.fmow_sentinel import FMoWSentinelDataModule
 from geoexplora.models.group_channel_vit import GroupChannelVisionTransformer
+from geoexplora.models.pooling import pooled_features
 from geoexplora.runs.lock import FolderLock
-from geoexplora.tasks.features import ProbeFeatures, pooled_features
+from geoexplora.tasks.features import ProbeFeatures
 from geoexplora.tasks.opening import OpenedEncoder
 from geoexplora.tasks.probe import extraction as module
 from geoexplora.tasks.probe import store as store_module
