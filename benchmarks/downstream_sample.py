@@ -13,7 +13,7 @@ pre-training is the demo's, on all 4608 tiles of the scene, the test areas inclu
 
 Beside them classifiers of band statistics or single pixels on the same areas. Learning rates are chosen on validation
 areas, for the photographs' weights and the first seed alone. What is done is kept in the working folder: what was cut
-off goes on where it stopped. ``OUTPUT.json``, ``.md`` and the pictures are written again after each seed.
+off goes on where it stopped, or is reported as it is by ``--report``. A reading in ``OUTPUT.md`` stays.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from geoexplora.explora import merged_state_dict
 from geoexplora.runs.metrics import read_metrics
 from geoexplora.tasks.building import build_task
 from geoexplora.tasks.classifiers import few_shot, knn_classifier, leave_locations_out, linear_classifier
-from geoexplora.tasks.demo import DRAWS, NEIGHBOURS, SHOTS, TILE, write_trees
+from geoexplora.tasks.demo import NEIGHBOURS, SHOTS, TILE
 from geoexplora.tasks.finetune_exports import load_finetuned
 from geoexplora.tasks.finetuning import finetune
 from geoexplora.tasks.opening import open_data
@@ -79,11 +79,12 @@ class Plan:
         starts: of ``STARTS``.
         methods: of fine-tuning to classes.
         pretrain_steps: of 64 tiles.
-        steps: of each fine-tuning.
+        steps: of each fine-tuning to classes, validated three times.
         batch: tiles in a step of classification.
         segmentation: method and test block of the segmentations.
         tile: side of their tiles in pixels.
         tile_batch: tiles in a step of segmentation.
+        tile_steps: of each segmentation, validated at its end.
         rates: learning rates to choose from, by task and method.
         pixels: labelled pixels that the forest of single pixels learns from, at most.
         trees: of the forests of band statistics.
@@ -97,16 +98,16 @@ class Plan:
     pretrain_steps: int = 300
     steps: int = 80
     batch: int = 32
-    segmentation: tuple[tuple[str, int], ...] = (("lora", 3), ("full", 3))
-    tile: int = 32
-    tile_batch: int = 8
+    segmentation: tuple[tuple[str, int], ...] = (("lora", 3),)
+    tile: int = 16
+    tile_batch: int = 32
+    tile_steps: int = 120
     rates: dict[str, tuple[float, ...]] = field(
         default_factory=lambda: {
             "classification linear": (0.01, 0.04),
             "classification lora": (0.004, 0.012),
             "classification full": (0.001, 0.003),
             "segmentation lora": (0.004, 0.012),
-            "segmentation full": (0.001, 0.003),
         }
     )
     pixels: int = 40_000
@@ -116,8 +117,8 @@ class Plan:
 
 
 SMALL = Plan(
-    seeds=(0,), starts=("source", "explora"), methods=("linear",), pretrain_steps=2, steps=2,
-    segmentation=(("lora", 3),), tile_batch=2, pixels=500, trees=5, draws=1, tiles=6,
+    seeds=(0,), starts=("explora",), methods=("linear",), pretrain_steps=2, steps=2,
+    segmentation=(("lora", 3),), tile_batch=2, tile_steps=2, pixels=500, trees=5, draws=1, tiles=6,
     rates={"classification linear": (0.04,), "segmentation lora": (0.004,)},
 )  # fmt: skip
 """For a test."""
@@ -147,7 +148,6 @@ class Experiment:
             if self.record["plan"] != settings:
                 raise SystemExit(f"{folder} holds work of another plan: name another folder")
         self.results = self.record["results"]
-        self.record |= circumstances(("torch", "lightning", "timm", "peft", "scikit-learn"))
         for name, labelled in {"unlabelled": False, "labelled": True}.items():
             if not (folder / name).exists():
                 shutil.rmtree(folder / "writing", ignore_errors=True)  # cut off
@@ -280,12 +280,12 @@ class Experiment:
         plan, out = self.plan, self.folder / "finetune"
         shutil.rmtree(out, ignore_errors=True)
         masks = task == "segmentation"
-        batch = plan.tile_batch if masks else plan.batch
+        batch, steps = (plan.tile_batch, plan.tile_steps) if masks else (plan.batch, plan.steps)
         words = [*COMMON.split(), "--task", task, "--method", method, "--init", str(self.encoder(start, seed))]
         words += ["--seed", str(seed), "--batch-size", str(batch), "--effective-batch-size", str(batch)]
-        words += ["--lr", str(rate * 256 / batch), "--max-steps", str(plan.steps), "--output", str(out)]
-        words += ["--warmup-steps", str(max(1, plan.steps // 10)), "--checkpoint-every", str(plan.steps)]
-        words += ["--eval-every", str(max(1, plan.steps // 3))]
+        words += ["--lr", str(rate * 256 / batch), "--max-steps", str(steps), "--output", str(out)]
+        words += ["--warmup-steps", str(max(1, steps // 10)), "--checkpoint-every", str(steps)]
+        words += ["--eval-every", str(steps if masks else max(1, steps // 3))]
         if masks:
             words += [
                 "--dataset",
@@ -326,6 +326,8 @@ class Experiment:
     def tuned(self, task: str, method: str, fold: int = 0) -> float:
         """The rate that does best on the validation areas, for the photographs' weights and the first seed."""
         rates, seed = self.plan.rates[f"{task} {method}"], self.plan.seeds[0]
+        if len(rates) == 1:
+            return rates[0]
         tried = {rate: self.run(task, "source", method, seed, rate, fold)["validated"] for rate in rates}
         return max(tried, key=lambda rate: tried[rate])
 
@@ -349,7 +351,7 @@ class Experiment:
 
 
 def main(words: list[str] | None = None) -> None:
-    """Do what is not yet done, and report after each seed."""
+    """Do what is not yet done, and report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="working folder")
     parser.add_argument("--output", type=Path, required=True, help="path of the results, without an ending")
@@ -359,6 +361,7 @@ def main(words: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore")
     experiment = Experiment(arguments.work, SMALL if arguments.small else Plan())
     if not arguments.report:
+        experiment.record |= circumstances(("torch", "lightning", "timm", "peft", "scikit-learn"))
         for seed in experiment.plan.seeds:
             experiment.do_seed(seed)
     write_report(experiment.record, arguments.work, arguments.output)

@@ -160,7 +160,7 @@ def write_tables(record: dict[str, Any], file: Path) -> None:
         "## Fine-tuning to classes: four blocks to learn from, one to validate, three to test\n\n"
         f"{plan['steps']} steps of {plan['batch']} tiles.\n\n{class_table(findings)}\n"
         "## Segmentation: five blocks to learn from, two to validate, one to test\n\n"
-        f"{plan['steps']} steps of {plan['tile_batch']} tiles of {plan['tile']} px, linear head; intersection over"
+        f"{plan['tile_steps']} steps of {plan['tile_batch']} tiles of {plan['tile']} px, linear head; intersection over"
         f" union of each class.\n\n{segmentation_table(findings)}\n"
         f"Learning rates: {', '.join(f'{name} {rate:g}' for name, rate in rates.items())}.\n\n{kept}",
         encoding="utf-8",
@@ -212,8 +212,8 @@ def plot_scores(record: dict[str, Any], file: Path) -> None:
     for axis in axes:
         axis.legend(fontsize=7)
     figure.suptitle(
-        f"Sample scene, small ViT, {len(plan['seeds'])} seeds: each a point, bars their means; pre-training saw the whole"
-        " scene without labels (transductive)",
+        f"Sample scene, small ViT, {len(plan['seeds'])} seeds: each a point, bars their means; pre-training saw the"
+        " whole scene without labels (transductive)",
         fontsize=10,
     )
     figure.savefig(file, dpi=90)

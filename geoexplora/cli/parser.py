@@ -126,7 +126,7 @@ class Parser:
         given = self.command.fields[name].metadata.get("metavar")
         if given:
             return str(given)
-        if hint is bool:
+        if bool in (hint, *get_args(hint)):
             return "true|false"
         choices = next((kind for kind in (hint, *get_args(hint)) if get_origin(kind) is Literal), None)
         return name.upper() if choices is None else "|".join(map(str, get_args(choices)))

@@ -48,7 +48,8 @@ class PooledClassifier(nn.Module):
         trains = any(parameter.requires_grad for parameter in self.encoder.parameters())
         with torch.set_grad_enabled(trains and torch.is_grad_enabled()):
             tokens = self.encoder.forward_features(images)
-            parts = [tokens[:, 0]] if self.pool != "mean" else []
+            # timm's two norms are one and the identity; the second comes after pooling.
+            parts = [self.encoder.fc_norm(tokens[:, 0])] if self.pool != "mean" else []
             if self.pool != "cls":
                 parts.append(self._mean(tokens))
             return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]

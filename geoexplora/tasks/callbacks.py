@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -235,7 +236,7 @@ class KNNProbe(Callback):
             self.metrics.append({"step": trainer.global_step, "knn": accuracy})
             start = next(float(row["knn"]) for row in read_metrics(self.metrics.path) if "knn" in row)
             log.info("kNN probe at step %d: %.4f (start %.4f)", trainer.global_step, accuracy, start)
-            if accuracy < start:
+            if accuracy < start - math.sqrt(start * (1 - start) / len(test.labels)):  # by more than a standard error
                 log.warning(
                     "the kNN probe fell to %.4f at step %d, below the %.4f of the start: the features are getting "
                     "worse. Lower --lr, train fewer whole blocks, or with dinov2 lengthen --freeze-last-epochs.",

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from geoexplora.tasks.features import evaluating
@@ -63,16 +64,13 @@ def evaluate(
     Raises:
         DataError: from ``check``, and if no image can be read.
     """
-    metrics = task.new_metrics().to(task.device)
-    for metric in metrics.values(copy_state=False):
-        metric.sync_on_compute = False  # other processes do not take part
+    metrics = _alone(task.new_metrics().to(task.device))
     masks = task.target_key == "mask"
     counts: Any = None
     if masks or task.hparams.get("task") == "multiclass":
         counts = MulticlassConfusionMatrix(task.hparams["num_classes"], ignore_index=task.hparams["ignore_index"])
-        counts = counts.to(task.device)
-        counts.sync_on_compute = False
-    index, truth, predicted, losses, seen = [], [], [], 0.0, 0
+        counts = _alone(counts.to(task.device))
+    index, truth, predicted, losses, seen, weights = [], [], [], 0.0, 0, 0
     device = task.device.type
     with evaluating(task), torch.autocast(device, autocast, enabled=autocast is not None):
         for batch in batches:
@@ -86,14 +84,15 @@ def evaluate(
             metrics.update(told, step.target)
             if counts is not None:
                 counts.update(told, step.target)
-            losses, seen = losses + float(step.loss) * len(told), seen + len(told)
+            weight = _counted(step.target, task.hparams["ignore_index"]) if masks else len(told)
+            losses, seen, weights = losses + float(step.loss) * weight, seen + len(told), weights + weight
             index.append(torch.arange(len(told)) if step.index is None else step.index)
             if not masks:
                 truth.append(step.target.cpu())
             predicted.append((_right(told, step.target, task.hparams["ignore_index"]) if masks else told).cpu())
     found = {name: float(value) for name, value in metrics.compute().items()} if seen else {}
     return Evaluation(
-        found | {"loss": losses / seen if seen else math.nan},
+        found | {"loss": losses / weights if weights else math.nan},
         _joined(index),
         _joined(truth),
         _joined(predicted),
@@ -101,7 +100,24 @@ def evaluate(
     )
 
 
+def _alone[Module: nn.Module](metrics: Module) -> Module:
+    """Metrics that do not wait for other processes: these take no part."""
+    for module in metrics.modules():
+        if isinstance(module, Metric):
+            module.distributed_available_fn = _not_distributed
+    return metrics
+
+
+def _not_distributed() -> bool:
+    return False
+
+
 _MOVED = ("image", "label", "mask")
+
+
+def _counted(mask: Tensor, ignored: int | None) -> int:
+    """Number of labelled pixels."""
+    return mask.numel() if ignored is None else int((mask != ignored).sum())
 
 
 def _right(probabilities: Tensor, mask: Tensor, ignored: int | None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from geoexplora.bands import SENSORS
@@ -109,10 +109,11 @@ def open_encoder(options: Any, target: str | None = None) -> OpenedEncoder:
         if sensor is not None:
             _refuse_other_sensor(spec, options.dataset, sensor)
         fitted = fit_encoder(source, sensor=spec.sensor, image_size=options.image_size)
-        datamodule = open_for(options, fitted.spec, target)
+        own = fitted.spec if options.antialias is None else replace(fitted.spec, antialias=options.antialias)
+        datamodule = open_for(options, own, target)
         _refuse_other_sensor(spec, options.dataset, datamodule.sensor.name)
-        return OpenedEncoder(fitted.encoder, fitted.spec, datamodule, source.record(), source.sha256)
-    antialias = spec is not None and spec.antialias
+        return OpenedEncoder(fitted.encoder, own, datamodule, source.record(), source.sha256)
+    antialias = spec is not None and spec.antialias if options.antialias is None else options.antialias
     datamodule = open_data(
         options,
         target,

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -163,9 +164,9 @@ def load_best(path: Path, task: FineTuneTask) -> int:
     """
     try:
         stored: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError) as problem:
+        tensors = stored["tensors"]
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, UnpicklingError) as problem:
         raise RunError(f"cannot read the best weights {path}: {problem}", "Resume the run, or start anew.") from problem
-    tensors = stored["tensors"]
     if tensors.keys() != _changing(task).keys():
         raise RunError(f"{path} holds the weights of another task", "Start the run anew with another --output.")
     task.load_state_dict(tensors, strict=False)

@@ -28,16 +28,12 @@ def test_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = (tmp_path / "found.json").read_text(encoding="utf-8")
     record = json.loads(first)
     assert record["commit"] and record["command"] and record["machine"]
-    starts = ("source", "explora")
     assert set(record["results"]) == {
-        "floor probe/0", "floor classes/0", "floor pixels/3/0",
-        *(f"probe/{start}/0" for start in starts),
-        *(f"classification/{start}/linear/0/0/0.04" for start in starts),
-        *(f"segmentation/{start}/lora/3/0/0.004" for start in starts),
+        "floor probe/0", "floor classes/0", "floor pixels/3/0", "probe/explora/0",
+        "classification/explora/linear/0/0/0.04", "segmentation/explora/lora/3/0/0.004",
     }  # fmt: skip
     known = int((sample.class_mask()[downstream_sample.block(3)] != sample.IGNORE).sum())
-    for start in starts:
-        assert np.sum(record["results"][f"segmentation/{start}/lora/3/0/0.004"]["confusion"]) == known
+    assert np.sum(record["results"]["segmentation/explora/lora/3/0/0.004"]["confusion"]) == known
     for ending in (".md", ".png", "_land_use.png"):
         assert (tmp_path / f"found{ending}").stat().st_size > 100
 
@@ -100,7 +96,7 @@ def test_tables_keep_a_reading(tmp_path: Path) -> None:
     record = {
         "plan": {
             "seeds": [0, 1, 2], "starts": ["random"], "methods": ["full"], "steps": 3, "batch": 4, "tile": 32,
-            "tile_batch": 2, "rates": {"classification full": [0.1]}, "segmentation": [],
+            "tile_batch": 2, "tile_steps": 5, "rates": {"classification full": [0.1]}, "segmentation": [],
         },
         "results": {"floor classes/0": floor, "floor classes/2": other},
     }  # fmt: skip

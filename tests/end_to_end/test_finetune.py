@@ -13,6 +13,7 @@ import timm
 import torch
 import yaml
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from geoexplora.runs.metrics import read_metrics
@@ -156,20 +157,18 @@ def test_a_run_is_complete(
 
 def test_learning(data: dict[tuple[str, Kind], Path], explora_run: Path, tmp_path: Path) -> None:
     """Brightness tells the class: a few steps must do."""
-    for kind, method in (("class", "lora"), ("multilabel", "full"), ("mask", "full"), ("value", "lora")):
+    for kind, method in (("class", "lora"), ("value", "full")):
         run = tmp_path / kind
-        words = ("--init", explora_run, "--task", TASKS[kind], "--method", method, "--max-steps", "40", "--eval-every",
-                 "40", "--drop-path", "0", "--crop-scale", "0.8,1", "--clip-grad", "1", "--lr", "0.1", "--warmup-steps", "4",
-                 *(("--head", "linear") if kind == "mask" else ()))  # fmt: skip
+        words = ("--init", explora_run, "--task", TASKS[kind], "--method", method, "--max-steps", "24", "--eval-every",
+                 "24", "--drop-path", "0", "--crop-scale", "0.8,1", "--clip-grad", "1", "--lr", "0.1",
+                 "--warmup-steps", "4")  # fmt: skip
         got = finetune("made-up", data["sentinel-2", kind], run, *words)
         assert got.status == 0, got.err
         scores = json.loads((run / "run.json").read_text())["best"]["metrics"]
         if kind == "value":
             assert scores["test_RMSE"] < 15, "the values' own standard deviation is 41"
-        elif kind == "mask":
-            assert scores["test_OverallAccuracy"] > 0.7
         else:
-            assert scores["test_OverallAccuracy"] > 0.8, kind
+            assert scores["test_OverallAccuracy"] > 0.8
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "adalora", "full", "linear"])
@@ -333,14 +332,8 @@ def test_the_best_weights_are_kept(data: dict[tuple[str, Kind], Path], explora_r
         assert finetune("made-up", root, short, *words, "--max-steps", "8", "--eval-every", "1").status == 0
     head = load_file(run / "task_head.safetensors")
     assert all(head[name].equal(value) for name, value in seen[best].items())
-    with torch.safe_open(run / "encoder.safetensors", "pt") if hasattr(torch, "safe_open") else _opened(run) as file:
+    with safe_open(run / "encoder.safetensors", "pt") as file:
         assert file.metadata()["step"] == str(best)
-
-
-def _opened(run: Path) -> Any:
-    from safetensors import safe_open
-
-    return safe_open(run / "encoder.safetensors", "pt")
 
 
 def test_early_stopping(data: dict[tuple[str, Kind], Path], explora_run: Path, tmp_path: Path) -> None:
@@ -401,8 +394,8 @@ def test_other_bands_than_the_encoder_knows(
     """RGB weights on ten bands, and fewer bands of the encoder's own."""
     root = data["sentinel-2", "class"]
     groups = "B2,B3,B4,B8;B5,B6,B7,B8A;B11,B12"
-    for init, more in ((photo_run, ("--groups", groups)), (explora_run, ("--bands", "B2,B3,B4", "--groups", "B2,B3,B4",
-                                                                         "--allow-band-mismatch", "true"))):  # fmt: skip
+    fewer = ("--bands", "B2,B3,B4", "--groups", "B2,B3,B4", "--allow-band-mismatch", "true")
+    for init, more in ((photo_run, ("--groups", groups)), (explora_run, fewer)):
         run = tmp_path / init.parent.name
         bands = () if "--bands" in more else ("--bands", ",".join(BANDS["sentinel-2"]))
         got = finetune("made-up", root, run, "--init", init, "--method", "full", *bands, *more)

@@ -45,9 +45,7 @@ Refused = Callable[..., str]
 def refused(explora_run: Path, tmp_path: Path) -> Refused:
     """Run finetune, expecting a message of the wanted words; no folder unless training had begun."""
 
-    def run(
-        *words: object, root: Path, contains: list[str], dataset: str = "made-up", begun: bool = False
-    ) -> str:
+    def run(*words: object, root: Path, contains: list[str], dataset: str = "made-up", begun: bool = False) -> str:
         output = tmp_path / "refused"
         init = () if {"--init", "--model"} & set(words) else ("--init", explora_run)
         got = finetune(dataset, root, output, *init, *words)
@@ -340,7 +338,9 @@ def test_a_run_that_is_not_whole(classes: Path, explora_run: Path, tmp_path: Pat
     assert record["classes"] == ["field", "lake", "town"]
 
 
-def test_a_band_of_the_encoder_that_no_image_has(refused: Refused, classes: Path, explora_run: Path, tmp_path: Path) -> None:
+def test_a_band_of_the_encoder_that_no_image_has(
+    refused: Refused, classes: Path, explora_run: Path, tmp_path: Path
+) -> None:
     """The same sensor, but an encoder that reads B10 in place of B12."""
     _, spec = load_encoder(explora_run)
 

@@ -119,9 +119,7 @@ def test_the_source_may_be_gone(root: Path, explora_run: Path, tmp_path: Path, c
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_run_that_stopped_early(
-    root: Path, explora_run: Path, tmp_path: Path, comparable: Any, method: str
-) -> None:
+def test_a_run_that_stopped_early(root: Path, explora_run: Path, tmp_path: Path, comparable: Any, method: str) -> None:
     """Nothing is left to do; above all nothing is spoiled."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     words = ("--init", explora_run, "--method", method, "--lr", "1e-9", "--eval-every", "1", "--patience", "1")
@@ -184,9 +182,7 @@ def ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], list[
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_two_processes(
-    root: Path, explora_run: Path, tmp_path: Path, comparable: Any, ranks: Any, method: str
-) -> None:
+def test_two_processes(root: Path, explora_run: Path, tmp_path: Path, comparable: Any, ranks: Any, method: str) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     words = ("--init", explora_run, "--method", method, "--batch-size", "2", *FORKED)
     got = finetune("made-up", root, whole, *words)
@@ -215,7 +211,6 @@ def test_two_processes_stop_early_together(root: Path, explora_run: Path, tmp_pa
     words = ("--init", explora_run, "--method", "linear", "--lr", "1e-9", "--eval-every", "1", "--patience", "1")
     got = finetune("made-up", root, tmp_path / "run", *words, "--batch-size", "2", "--max-steps", "9", *FORKED)
     assert got.status == 0, got.err
-    assert "training stops at step 2" in got.err
     assert [row["step"] for row in read_metrics(tmp_path / "run/metrics.csv")] == [1, 2]
 
 
