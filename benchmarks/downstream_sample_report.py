@@ -28,8 +28,9 @@ METHODS = {"linear": "linear head", "lora": "LoRA-r8", "full": "full"}
 KINDS = {"knn": "15 nearest neighbours", "few": "logistic, 10 labels a class", "all": "logistic, all labels"}
 FLOORS = {"forest": "random forest of band statistics", "forest, balanced": "the same, classes weighted",
           "logistic": "logistic regression of band statistics"}  # fmt: skip
-WHITE, VEIL = 2500.0, 0.65
-"""Reflectance x 10000 drawn brightest; how white pixels of unknown land use are."""
+COLOURS = dict(zip(sample.CLASSES, ("#e69f00", "#007a5a", "#b4dc82", "#cc79a7", "#0072b2"), strict=True))
+STRETCH, VEIL = (2, 99.5), 0.65
+"""Percentiles drawn black and brightest in each band; how white pixels of unknown land use are."""
 
 READING = "## Reading"
 CREDIT = "Contains modified Copernicus Sentinel data 2017; land use © OpenStreetMap contributors, ODbL 1.0"
@@ -177,7 +178,7 @@ def plot_scores(record: dict[str, Any], file: Path) -> None:
     """Every seed as a point, beside the floors."""
     findings = Findings(record)
     plan = findings.plan
-    figure, axes = plt.subplots(1, 3, figsize=(16, 4.6), layout="constrained", width_ratios=[3, 3, 2])
+    figure, axes = plt.subplots(1, 3, figsize=(16, 5.4), layout="constrained", width_ratios=[3, 3, 2])
     probes: dict[str, dict[str, list[float]]] = {kind: {} for kind in KINDS}
     for name, kind, found in findings.probes():
         probes[kind][name] = [one["balanced"] for one in found]
@@ -210,7 +211,7 @@ def plot_scores(record: dict[str, Any], file: Path) -> None:
     draw_floors(axes[2], {"random forest of single pixels": pixels}, "miou")
     axes[2].set(title="segmentation", ylabel="mean intersection over union, %")
     for axis in axes:
-        axis.legend(fontsize=7)
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.09), ncols=2)
     figure.suptitle(
         f"Sample scene, small ViT, {len(plan['seeds'])} seeds: each a point, bars their means; pre-training saw the"
         " whole scene without labels (transductive)",
@@ -252,10 +253,11 @@ def plot_land_use(record: dict[str, Any], work: Path, file: Path) -> None:
     truth = sample.class_mask()[rows, columns]
     known = truth != sample.IGNORE
     picture = sample.read_scene().image[list(SENTINEL2.indices(("B4", "B3", "B2"))), rows, columns]
+    low, high = np.percentile(picture, STRETCH, axis=(1, 2), keepdims=True)
     named = {"random forest of single pixels": "forest"}
     named |= {f"{STARTS[start]}, {METHODS[method]}": f"{start}-{method}" for start in plan["starts"]}
     panels: dict[str, NDArray[Any]] = {
-        f"true colour, area {fold}": np.clip(np.moveaxis(picture, 0, -1) / WHITE, 0, 1),
+        f"true colour, area {fold}": np.clip(np.moveaxis((picture - low) / (high - low), 0, -1), 0, 1),
         "truth (white: unknown)": paint(np.where(known, truth, 0), known, 1.0),
     }
     for name, stem in named.items():
@@ -271,9 +273,8 @@ def plot_land_use(record: dict[str, Any], work: Path, file: Path) -> None:
     for axis, (name, colours) in zip(axes.flat, panels.items(), strict=False):
         axis.imshow(colours, interpolation="nearest")
         axis.set_title(name, fontsize=9)
-    colours_of = zip(sample.CLASSES, CLASS_COLOURS, strict=False)
     figure.legend(
-        handles=[Patch(color=colour, label=name) for name, colour in colours_of],
+        handles=[Patch(color=colour, label=name) for name, colour in COLOURS.items()],
         loc="outside lower center", ncols=len(sample.CLASSES), fontsize=9,
     )  # fmt: skip
     figure.suptitle(f"Land use, first seed; pale: no known land use. {CREDIT}", fontsize=8)
@@ -283,7 +284,7 @@ def plot_land_use(record: dict[str, Any], work: Path, file: Path) -> None:
 
 def paint(classes: NDArray[Any], known: NDArray[np.bool_], veil: float) -> NDArray[np.float64]:
     """Classes as colours, paler where the land use is not known."""
-    palette = np.array([to_rgb(colour) for colour in CLASS_COLOURS[: len(sample.CLASSES)]])
+    palette = np.array([to_rgb(colour) for colour in COLOURS.values()])
     colours: NDArray[np.float64] = palette[classes]
     return np.where(known[..., None], colours, colours * (1 - veil) + veil)
 
