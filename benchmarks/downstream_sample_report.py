@@ -26,7 +26,7 @@ STARTS = {
 }
 METHODS = {"linear": "linear head", "lora": "LoRA-r8", "full": "full"}
 KINDS = {"knn": "15 nearest neighbours", "few": "logistic, 10 labels a class", "all": "logistic, all labels"}
-FLOORS = {"forest": "random forest of band statistics", "forest, balanced": "the same, classes weighted",
+FLOORS = {"forest": "random forest of band statistics", "forest, balanced": "random forest, classes weighted",
           "logistic": "logistic regression of band statistics"}  # fmt: skip
 COLOURS = dict(zip(sample.CLASSES, ("#e69f00", "#007a5a", "#b4dc82", "#cc79a7", "#0072b2"), strict=True))
 STRETCH, VEIL = (2, 99.5), 0.65
@@ -196,7 +196,9 @@ def plot_scores(record: dict[str, Any], file: Path) -> None:
     ]
     floor = findings.of("floor classes/{seed}")
     draw_groups(axes[1], [METHODS[method] for method in plan["methods"]], groups)
-    lines = {FLOORS[key]: [[one[key] for one in floor]] * len(groups) for key in ("logistic", "forest")}
+    lines = {
+        FLOORS[key]: [[one[key] for one in floor]] * len(groups) for key in ("logistic", "forest", "forest, balanced")
+    }
     draw_floors(axes[1], lines, "balanced")
     axes[1].set(title="fine-tuning to classes: three test areas", ylabel="balanced accuracy, %")
     groups = [
@@ -236,7 +238,7 @@ def draw_groups(axis: Axes, titles: list[str], groups: list[dict[str, list[float
 
 def draw_floors(axis: Axes, floors: dict[str, list[list[dict[str, Any]]]], measure: str) -> None:
     """A line over each group that has the floor."""
-    for style, (name, places) in zip((":", "--"), floors.items(), strict=False):
+    for style, (name, places) in zip((":", "--", "-."), floors.items(), strict=False):
         for place, found in enumerate(places):
             if found:
                 mean = 100 * np.mean([one[measure] for one in found])

@@ -391,18 +391,22 @@ def test_options_that_save_memory_or_time(
 def test_other_bands_than_the_encoder_knows(
     data: dict[tuple[str, Kind], Path], photo_run: Path, explora_run: Path, tmp_path: Path
 ) -> None:
-    """RGB weights on ten bands, and fewer bands of the encoder's own."""
-    root = data["sentinel-2", "class"]
-    groups = "B2,B3,B4,B8;B5,B6,B7,B8A;B11,B12"
-    fewer = ("--bands", "B2,B3,B4", "--groups", "B2,B3,B4", "--allow-band-mismatch", "true")
-    for init, more in ((photo_run, ("--groups", groups)), (explora_run, fewer)):
-        run = tmp_path / init.parent.name
-        bands = () if "--bands" in more else ("--bands", ",".join(BANDS["sentinel-2"]))
-        got = finetune("made-up", root, run, "--init", init, "--method", "full", *bands, *more)
+    """RGB weights on ten bands; and fewer bands of the encoder's own, normalized as it learned them."""
+    many = ("--bands", ",".join(BANDS["sentinel-2"]), "--groups", "B2,B3,B4,B8;B5,B6,B7,B8A;B11,B12")
+    few = ("--bands", "R,G", "--allow-band-mismatch", "true")
+    for sensor, more in (("sentinel-2", many), ("rgb", few)):
+        words = ("--init", photo_run, "--method", "full", "--max-steps", "1", *more)
+        got = finetune(dataset_of(sensor), data[sensor, "class"], tmp_path / sensor, *words)
         assert got.status == 0, got.err
-        _, spec = load_encoder(run)
-        assert spec.sensor == "sentinel-2"
-        assert len(spec.bands) == (3 if "--bands" in more else 10)
+        _, spec = load_encoder(tmp_path / sensor)
+        assert (spec.sensor, list(spec.bands)) == (sensor, more[1].split(","))
+    _, source = load_encoder(photo_run)
+    for name in ("mean", "std"):
+        assert list(spec.normalization[name]) == list(source.normalization[name])[:2]
+    words = ("--init", explora_run, "--bands", "B2,B3,B4", "--groups", "B2,B3,B4", "--allow-band-mismatch", "true")
+    got = finetune("made-up", data["sentinel-2", "class"], tmp_path / "refused", *words)
+    assert got.status == 2, "other channel groups than those of the weights cannot take them over"
+    assert "has channel groups B2,B3,B4,B8;B5,B6,B7,B8A;B11,B12, the model has B2,B3,B4" in got.err
 
 
 def test_random_weights(data: dict[tuple[str, Kind], Path], tmp_path: Path) -> None:
