@@ -159,8 +159,8 @@ def test_learning(data: dict[tuple[str, Kind], Path], explora_run: Path, tmp_pat
     """Brightness tells the class: a few steps must do."""
     for kind, method in (("class", "lora"), ("value", "full")):
         run = tmp_path / kind
-        words = ("--init", explora_run, "--task", TASKS[kind], "--method", method, "--max-steps", "24", "--eval-every",
-                 "24", "--drop-path", "0", "--crop-scale", "0.8,1", "--clip-grad", "1", "--lr", "0.1",
+        words = ("--init", explora_run, "--task", TASKS[kind], "--method", method, "--max-steps", "40", "--eval-every",
+                 "40", "--drop-path", "0", "--crop-scale", "0.8,1", "--clip-grad", "1", "--lr", "0.1",
                  "--warmup-steps", "4")  # fmt: skip
         got = finetune("made-up", data["sentinel-2", kind], run, *words)
         assert got.status == 0, got.err

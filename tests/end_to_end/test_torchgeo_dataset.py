@@ -79,6 +79,7 @@ def test_photographs_from_above(geoexplora: Run, resisc45: Path, tmp_path: Path)
     model.load_state_dict(state, strict=True)
 
     got = geoexplora("probe", "--init", run, "--dataset", "torchgeo:RESISC45", "--root", resisc45, "--k", "3",
+                     "--test-split", "val",
                      "--accelerator", "cpu", "--num-workers", "0")  # fmt: skip
     assert got.status == 0, got.err
     assert "4 test samples, 2 classes" in got.out

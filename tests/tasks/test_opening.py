@@ -36,7 +36,7 @@ def options(**more: Any) -> Any:
         "groups": None, "image_size": None, "patch_size": None, "normalization": None, "statistics": "reference",
         "band_init": "rgb-by-name", "patch_resize": "pseudo-inverse", "allow_normalization_mismatch": False,
         "allow_band_mismatch": False, "batch_size": 4, "num_workers": 0, "years": (2000, 2020), "missing": "error",
-        "max_unreadable": 0.1, "seed": 0,
+        "max_unreadable": 0.1, "seed": 0, "antialias": None,
     }  # fmt: skip
     return SimpleNamespace(**given | {name: str(value) if name == "init" else value for name, value in more.items()})
 
