@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassConfusionMatrix
 
+from geoexplora.errors import DataError
 from geoexplora.tasks.features import evaluating
 from geoexplora.tasks.finetune_task import FineTuneTask
 
@@ -70,7 +71,7 @@ def evaluate(
     if masks or task.hparams.get("task") == "multiclass":
         counts = MulticlassConfusionMatrix(task.hparams["num_classes"], ignore_index=task.hparams["ignore_index"])
         counts = _alone(counts.to(task.device))
-    index, truth, predicted, losses, seen, weights = [], [], [], 0.0, 0, 0
+    index, truth, predicted, losses, weights = [], [], [], 0.0, 0
     device = task.device.type
     with evaluating(task), torch.autocast(device, autocast, enabled=autocast is not None):
         for batch in batches:
@@ -85,18 +86,20 @@ def evaluate(
             if counts is not None:
                 counts.update(told, step.target)
             weight = _counted(step.target, task.hparams["ignore_index"]) if masks else len(told)
-            losses, seen, weights = losses + float(step.loss) * weight, seen + len(told), weights + weight
+            losses, weights = losses + float(step.loss) * weight, weights + weight
             index.append(torch.arange(len(told)) if step.index is None else step.index)
             if not masks:
                 truth.append(step.target.cpu())
             predicted.append((_right(told, step.target, task.hparams["ignore_index"]) if masks else told).cpu())
-    found = {name: float(value) for name, value in metrics.compute().items()} if seen else {}
+    if not index:
+        raise DataError("none of the images to evaluate on can be read", "Copy or unpack their files again.")
+    found = {name: float(value) for name, value in metrics.compute().items()}
     return Evaluation(
         found | {"loss": losses / weights if weights else math.nan},
         _joined(index),
         _joined(truth),
         _joined(predicted),
-        None if counts is None or not seen else counts.compute().cpu().numpy(),
+        None if counts is None else counts.compute().cpu().numpy(),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,6 @@ from geoexplora.tasks.finetune_building import TASKS
 from geoexplora.tasks.finetune_task import FineTuneTask
 from geoexplora.weights.load import load_encoder
 from geoexplora.weights.write import save_encoder, save_task_head
-
-_OF_TRAINING = (
-    "alpha", "band_init", "class_weights", "cutmix", "drop_path", "encoder", "grad_checkpointing", "init",
-    "label_smoothing", "layer_decay", "lr", "method", "min_lr", "mixup", "pos_weight", "random_erasing", "rank", "seed",
-    "spec", "total_steps", "warmup_steps", "weight_decay",
-)  # fmt: skip
-"""Hyper-parameters that a trained model no longer needs."""
 
 
 def export_model(folder: RunFolder, task: FineTuneTask, name: str, step: int) -> None:
@@ -39,7 +33,8 @@ def export_model(folder: RunFolder, task: FineTuneTask, name: str, step: int) ->
     """
     trained = table_to_json(task.parameter_table())
     save_encoder(folder.encoder_file, merged_state_dict(task.encoder), task.spec, step=step, trained=trained)
-    settings = {key: value for key, value in task.hparams.items() if key not in _OF_TRAINING}
+    own = signature(type(task)).parameters  # the rest is the encoder's or the training's
+    settings = {key: task.hparams[key] for key in own if key in task.hparams}
     save_task_head(
         folder.task_head_file, task.model.head.state_dict(), task.spec, {"name": name, **settings}, step=step
     )
@@ -66,21 +61,10 @@ def load_finetuned(run: str | Path) -> FineTuneTask:
         with safe_open(folder.task_head_file, "pt") as file:
             settings: dict[str, Any] = json.loads((file.metadata() or {})["settings"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        arguments = {key: value for key, value in settings.items() if key not in {"name", *_INPUT}}
-        task = TASKS[settings["name"]](
-            encoder=encoder, spec=spec.to_metadata(), method="linear", **_accepted(settings["name"], arguments)
-        )
+        task = TASKS[settings.pop("name")](encoder=encoder, spec=spec.to_metadata(), method="linear", **settings)
         task.model.head.load_state_dict(tensors)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as problem:
         raise WeightsError(
             f"{folder.path} is no whole run of geoexplora finetune: {problem}", "Name a run folder with its head."
         ) from problem
     return task.eval()
-
-
-_INPUT = ("sensor", "bands", "groups", "normalization", "image_size", "antialias")
-
-
-def _accepted(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Without what ``build_model`` adds for TorchGeo's mixins."""
-    return {k: v for k, v in arguments.items() if not (name == "segmentation" and k in {"task", "num_labels"})}

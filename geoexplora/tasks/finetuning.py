@@ -15,7 +15,6 @@ from torchmetrics.wrappers import ClasswiseWrapper
 
 from geoexplora.datamodules.tiles import TilesDataModule
 from geoexplora.errors import ConfigError
-from geoexplora.explora import format_table, table_to_json
 from geoexplora.runs.checkpoint import RunCheckpoint, find_checkpoint
 from geoexplora.runs.folder import RunFolder
 from geoexplora.runs.metrics import Metrics, read_metrics
@@ -31,7 +30,7 @@ from geoexplora.tasks.health import sample_names
 from geoexplora.tasks.labelled_data import KINDS, look_at_labels
 from geoexplora.tasks.opening import open_encoder, open_for
 from geoexplora.tasks.parallel import SharedFailure, fit, process_rank
-from geoexplora.tasks.pretraining import data_record, refuse_other_data
+from geoexplora.tasks.run_records import DATA_KEY, SOURCE_KEY, data_record, record_start, refuse_other_data
 from geoexplora.tasks.schedule import Schedule
 from geoexplora.tasks.trainer import make_trainer, quiet_lightning
 from geoexplora.tasks.validation import Validation, load_best
@@ -39,8 +38,6 @@ from geoexplora.weights.atomic import write_text
 from geoexplora.weights.spec import EncoderSpec
 
 log = logging.getLogger(__name__)
-
-DATA_KEY, SOURCE_KEY = "geoexplora_data", "geoexplora_source"
 
 
 def finetune(options: Any) -> dict[str, float]:
@@ -82,7 +79,10 @@ def finetune(options: Any) -> dict[str, float]:
             if resumes:
                 log.info("going on with %s from step %d", folder.path, step)
             metrics.truncate_after(step if checkpoint else -1)
-            _record(folder, options, task, record, images, schedule)
+            record_start(
+                folder, options, "finetune", task.spec, task.parameter_table(), schedule, task.hparams["lr"], images,
+                source=record, classes=task.hparams.get("labels"),
+            )  # fmt: skip
         datamodule.num_batches = schedule.steps * schedule.accumulate
         datamodule.first_batch = step * schedule.accumulate
         if saved:  # processes that fork, and runs that have ended, do not load it by themselves
@@ -169,29 +169,6 @@ def _has_stopped(saved: dict[str, Any], validation: Validation) -> bool:
     if state:
         validation.load_state_dict(state)
     return validation.has_stopped
-
-
-def _record(folder: RunFolder, options: Any, task: FineTuneTask, source: Any, images: int, schedule: Schedule) -> None:
-    table = task.parameter_table()
-    log.info("what is trained:\n%s", format_table(table))
-    log.info(
-        "%d images, %d steps of %d images, learning rate %.3g",
-        images,
-        schedule.steps,
-        schedule.images_per_step,
-        task.hparams["lr"],
-    )
-    folder.write_config(options.to_config())
-    folder.update_run_json(
-        command="finetune",
-        source=source,
-        bands=list(task.spec.bands),
-        groups=None if task.spec.groups is None else [list(group) for group in task.spec.groups],
-        normalization=dict(task.spec.normalization),
-        classes=task.hparams.get("labels"),
-        parameters=table_to_json(table),
-        schedule=vars(schedule),
-    )
 
 
 def _update(folder: RunFolder, step: int, monitor: str) -> None:

@@ -29,7 +29,7 @@ SETTLED = 200
 """Optimizer steps before the teacher is judged: heads start at random, and say little at first."""
 
 _REMEDY = (
-    "start again from the source with a lower --lr, fewer whole blocks, or with dinov2 a longer --freeze-last-epochs"
+    "start again with a lower --lr, with fewer whole blocks, or with dinov2 with a longer --freeze-last-epochs"
 )
 
 

@@ -36,7 +36,7 @@ _WORDS = {
     "value": "has a value for each image",
 }
 
-MOST, FEW = 2048, 256
+MOST, FEW = 2048, 64
 """Images whose targets are read where a dataset does not list them: to count classes, to look for them."""
 
 
@@ -168,10 +168,9 @@ def _check_counts(counts: NDArray[np.int64], classes: tuple[str, ...], looked_at
         log.warning("the %s of all %d training images looked at are %s", what, looked_at, found)
         return
     absent = [classes[at] for at in np.flatnonzero(counts == 0)]
-    if absent:
-        among = "" if looked_at is None else f" among {looked_at} images looked at"
+    if absent and looked_at is None:
         rest = "it cannot be learned" if len(absent) == 1 else "they cannot be learned"
-        log.warning("no training %s of %s%s: %s", what, _some(absent), among, rest)
+        log.warning("no training %s of %s: %s", what, _some(absent), rest)
 
 
 def _some(names: Any) -> str:

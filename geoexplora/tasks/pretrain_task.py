@@ -19,6 +19,7 @@ from geoexplora.models.linear import use_fast_linears
 from geoexplora.models.pooling import Pool
 from geoexplora.tasks.data_task import DataTask
 from geoexplora.tasks.optimization import parameter_groups
+from geoexplora.tasks.run_records import DATA_KEY, SOURCE_KEY
 from geoexplora.tasks.scheduled_task import ScheduledTask
 from geoexplora.tasks.sources import architecture, load_source, of_architecture
 from geoexplora.weights.contract import Allowed
@@ -28,9 +29,6 @@ from geoexplora.weights.source_weights import SourceWeights
 from geoexplora.weights.spec import EncoderSpec
 
 Mode = Literal["explora", "full", "scratch"]
-
-SOURCE_KEY, DATA_KEY = "geoexplora_source", "geoexplora_data"
-"""Where a checkpoint keeps what was found in ``init``: a resumed run does not read that file again."""
 
 
 class PretrainTask(DataTask, ScheduledTask):

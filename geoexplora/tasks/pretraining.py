@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from geoexplora.datamodules.tiles import TilesDataModule
 from geoexplora.errors import DataError
-from geoexplora.explora import format_table, table_to_json
 from geoexplora.runs.checkpoint import RunCheckpoint, find_checkpoint
 from geoexplora.runs.folder import RunFolder
 from geoexplora.runs.metrics import Metrics, read_metrics
@@ -23,7 +20,8 @@ from geoexplora.tasks.exports import RunExport
 from geoexplora.tasks.health import HealthWatch, sample_names
 from geoexplora.tasks.opening import open_data
 from geoexplora.tasks.parallel import SharedFailure, fit, process_rank
-from geoexplora.tasks.pretrain_task import DATA_KEY, SOURCE_KEY, PretrainTask
+from geoexplora.tasks.pretrain_task import PretrainTask
+from geoexplora.tasks.run_records import DATA_KEY, SOURCE_KEY, data_record, record_start, refuse_other_data
 from geoexplora.tasks.schedule import Schedule
 from geoexplora.tasks.trainer import make_trainer, quiet_lightning
 
@@ -68,7 +66,10 @@ def pretrain(options: Any) -> dict[str, Any]:
             if resumes:
                 log.info("going on with %s from step %d", folder.path, step)
             metrics.truncate_after(step if checkpoint else -1)
-            _record(folder, options, task, images, schedule)
+            record_start(
+                folder, options, "pretrain", task.spec, task.parameter_table(), schedule, task.hparams["lr"], images,
+                source=task.source_state,
+            )  # fmt: skip
         datamodule.num_batches = schedule.steps * schedule.accumulate
         datamodule.first_batch = step * schedule.accumulate
         fit(trainer, failure, task, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
@@ -78,61 +79,6 @@ def pretrain(options: Any) -> dict[str, Any]:
     record = folder.read_run_json()
     log.info("run folder: %s, %d of %d steps done", folder.path, record["step"], schedule.steps)
     return dict(record["metrics"])
-
-
-def data_record(datamodule: TilesDataModule) -> dict[str, Any]:
-    """What must be the same when a run is resumed: the training rows in their order, and the normalization.
-
-    Returns:
-        Plain types: ``images``, ``rows`` (a digest) and ``normalization``.
-    """
-    source = datamodule.training_source
-    rows = hashlib.sha256()
-    for name in ("labels", "location_ids", "image_ids"):
-        rows.update(np.ascontiguousarray(getattr(source, name, [])).tobytes())
-    return {
-        "images": len(source),
-        "rows": rows.hexdigest(),
-        "normalization": datamodule.normalization.to_dict(),
-    }
-
-
-def refuse_other_data(before: dict[str, Any] | None, now: dict[str, Any]) -> None:
-    """Refuse to go on with a run on other data than it was started with: order and learning rate would shift.
-
-    Raises:
-        DataError: if the rows or the normalization differ.
-    """
-    if before is None or before == now:
-        return
-    if (before["images"], before["rows"]) != (now["images"], now["rows"]):
-        count = f"{before['images']} images then, {now['images']} now"
-        what = f"the training data have changed since this run was started: {count}"
-    else:
-        what = "the statistics of the training tiles have changed since this run was started"
-    raise DataError(what, "Restore the data, or start a new run from this one's weights: --init RUN --output NEW.")
-
-
-def _record(folder: RunFolder, options: Any, task: PretrainTask, images: int, schedule: Schedule) -> None:
-    table = task.parameter_table()
-    log.info("what is trained:\n%s", format_table(table))
-    log.info(
-        "%d images, %d steps of %d images, learning rate %.3g",
-        images,
-        schedule.steps,
-        schedule.images_per_step,
-        task.hparams["lr"],
-    )
-    folder.write_config(options.to_config())
-    folder.update_run_json(
-        command="pretrain",
-        source=task.source_state,
-        bands=list(task.spec.bands),
-        groups=None if task.spec.groups is None else [list(group) for group in task.spec.groups],
-        normalization=dict(task.spec.normalization),
-        parameters=table_to_json(table),
-        schedule=vars(schedule),
-    )
 
 
 def _trainer(

@@ -136,12 +136,10 @@ class FittedEncoder:
     Attributes:
         encoder: a timm-style ViT in evaluation mode.
         spec: what it is.
-        state: what ``load_source`` found, where it was built anew for the input.
     """
 
     encoder: Any
     spec: EncoderSpec
-    state: Mapping[str, Any] | None = None
 
 
 def is_own_input(
@@ -222,14 +220,15 @@ def fit_encoder(
     if groups is None and described is not None and described.bands == tuple(bands):
         groups = described.groups
     built = architecture(model or FROM_SOURCE, source, bool(groups))
+    own: Any = described  # where there is none, all is given
     spec = EncoderSpec.of(
         **of_architecture(built),
-        image_size=image_size or described.image_size,  # type: ignore[union-attr]
-        patch_size=patch_size or described.patch_size,  # type: ignore[union-attr]
+        image_size=image_size or own.image_size,
+        patch_size=patch_size or own.patch_size,
         sensor=sensor,
-        bands=bands or described.bands,  # type: ignore[union-attr]
+        bands=bands or own.bands,
         groups=groups,
-        normalization=normalization or described.normalization,  # type: ignore[union-attr]
+        normalization=normalization or own.normalization,
         antialias=bool(described is not None and described.antialias if antialias is None else antialias),
         pool="mean" if described is None else described.pool,
     )
@@ -243,7 +242,7 @@ def fit_encoder(
         band_init=band_init, patch_resize=patch_resize, allowed=allowed or Allowed(), seed=seed,
     )  # fmt: skip
     spec = replace(spec, source=state["source"], band_init=state["band_init"], patch_resize=state["patch_resize"])
-    return FittedEncoder(encoder.eval(), spec, state)
+    return FittedEncoder(encoder.eval(), spec)
 
 
 def _resize_input(encoder: Any, spec: EncoderSpec, image_size: int | None) -> EncoderSpec:

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from geoexplora.datamodules.tiles import TilesDataModule
-from geoexplora.errors import ConfigError, RunError
+from geoexplora.errors import RunError
 from geoexplora.runs.metrics import Metrics
 from geoexplora.tasks.callbacks import StepClock
 from geoexplora.tasks.evaluation import evaluate
@@ -111,20 +111,11 @@ class Validation(Callback):
             trainer.should_stop = True
 
     def evaluate(self, task: Any, bf16: bool) -> dict[str, float]:
-        """Scores on the validation split, as metrics.csv names them.
-
-        Raises:
-            ConfigError: if the monitored metric is not among them.
-        """
+        """Scores on the validation split, as metrics.csv names them."""
         check = partial(self.datamodule.check_unreadable, split="val")
         loader = self.datamodule.eval_dataloader("val")
         found = evaluate(task, loader, torch.bfloat16 if bf16 else None, check)
-        scores = {f"val_{name}": value for name, value in found.overall().items()}
-        if self.monitor not in scores:
-            raise ConfigError(
-                f"--monitor {self.monitor} is no metric of this task", f"Its metrics are: {', '.join(scores)}."
-            )
-        return scores
+        return {f"val_{name}": value for name, value in found.overall().items()}
 
     def _judge(self, step: int, score: float, task: Any) -> None:
         better = self.best_score is None or self.sign * score > self.sign * self.best_score

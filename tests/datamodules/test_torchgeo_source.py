@@ -14,7 +14,7 @@ from geoexplora.bands import SENTINEL2
 from geoexplora.datamodules.torchgeo_source import TorchGeoDataModule
 from geoexplora.errors import ConfigError, DataError
 from geoexplora.registry import find_dataset, load
-from geoexplora.tasks.pretraining import data_record
+from geoexplora.tasks.run_records import data_record
 from geoexplora.transforms.normalization import Normalization
 
 from ..datasets.torchgeo_trees import (

@@ -18,6 +18,7 @@ from geoexplora.datamodules.tiles import TilesDataModule
 from geoexplora.errors import ConfigError, DataError
 from geoexplora.models.pooling import Pool
 from geoexplora.registry import find_dataset
+from geoexplora.runs.folder import RunFolder
 from geoexplora.tasks.classifiers import Folds, leave_locations_out
 from geoexplora.tasks.features import ProbeFeatures
 from geoexplora.tasks.labelled_data import KINDS
@@ -175,8 +176,8 @@ def _data_settings(options: Any) -> dict[str, Any]:
 def _cache_folder(options: Any) -> Path | None:
     if options.output is not None:
         return Path(options.output) / "features"
-    run = Path(options.init or "")
-    return run / "features" if options.init and run.is_dir() else None
+    run = RunFolder(options.init or "")
+    return run.path / "features" if run.run_file.is_file() else None  # other folders are not ours to write into
 
 
 def _device(accelerator: str) -> torch.device:
