@@ -28,9 +28,7 @@ SAME = 0.005
 SETTLED = 200
 """Optimizer steps before the teacher is judged: heads start at random, and say little at first."""
 
-_REMEDY = (
-    "start again with a lower --lr, with fewer whole blocks, or with dinov2 with a longer --freeze-last-epochs"
-)
+_REMEDY = "start again with a lower --lr, with fewer whole blocks, or with dinov2 with a longer --freeze-last-epochs"
 
 
 class HealthWatch:
