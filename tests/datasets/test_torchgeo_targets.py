@@ -59,7 +59,6 @@ def test_eurosat(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("split", ["train", "val", "test_gt"])
 def test_so2sat_lists_its_labels(tmp_path: Path, split: str) -> None:
-    pytest.importorskip("h5py")
     tiles = opened("So2Sat", write_so2sat(tmp_path), split, bands=("B2", "B12"))
     assert (tiles.target, tiles.classes) == ("class", So2Sat.classes)
     assert tiles.labels.tolist() == [0, 5, 10, 15]
