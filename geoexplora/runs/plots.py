@@ -68,7 +68,7 @@ def plot_loss(metrics: Path, target: Path, *, loss: str = "loss", probe: str = "
         metrics: the run's metrics.csv.
         target: the PNG to write, whole or not at all.
         loss: column of the loss.
-        probe: columns whose name begins so are drawn below, each with its first value as a dashed line.
+        probe: columns whose name begins so are drawn below; of probes the first value is a dashed line as well.
 
     Returns:
         Whether there was a loss to draw.
@@ -204,8 +204,9 @@ def _draw_probes(axis: Axes, rows: Sequence[Row], names: Sequence[str]) -> None:
     for name, colour in zip(names, _COLOURS * len(names), strict=False):
         steps, values = _series(rows, name)
         axis.plot(steps, values, color=colour, marker="o", ms=3.5, lw=1.3, label=name)
-        _draw_first(axis, values, colour)
-    axis.set_ylabel("probe")
+        if not name.startswith("val_"):  # a probe is first taken before training, a validation is not
+            _draw_first(axis, values, colour)
+    axis.set_ylabel("validation" if names[0].startswith("val_") else "probe")
     axis.legend(frameon=False, fontsize=8)
 
 
