@@ -47,12 +47,12 @@ from geoexplora.datasets.sample_dataset import area_splits
 from geoexplora.datasets.sample_tree import AREA_SPLITS, write_fmow_tree
 from geoexplora.explora import merged_state_dict
 from geoexplora.runs.metrics import read_metrics
-from geoexplora.tasks.building import build_task
 from geoexplora.tasks.classifiers import few_shot, knn_classifier, leave_locations_out, linear_classifier
 from geoexplora.tasks.demo import NEIGHBOURS, SHOTS, TILE
-from geoexplora.tasks.finetune_exports import load_finetuned
-from geoexplora.tasks.finetuning import finetune
+from geoexplora.tasks.finetune.exports import load_finetuned
+from geoexplora.tasks.finetune.finetuning import finetune
 from geoexplora.tasks.opening import open_data
+from geoexplora.tasks.pretrain.building import build_task
 from geoexplora.tasks.probe.probing import probe
 from geoexplora.tasks.schedule import Schedule
 from geoexplora.transforms.normalization import Normalization

@@ -11,8 +11,9 @@ all of them; durations are medians over rounds.
 - encoder: as it is, fp32 and under bf16 autocast;
 - copy: ``geoexplora.models.inference.inference_copy`` of it.
 
-The floor is the counted FLOPs (matrix products, attention, convolutions) over the fastest measured rate of matrix
-products of the model's own sizes in that precision. Errors are against float64: of all tokens (relative, in the
+The floor is the counted FLOPs (matrix products, attention, convolutions) over the rate of matrix products of the
+model's own sizes in that precision, the fastest size of those measured in the same round; shares of it are medians over
+rounds of the shares within a round, in brackets their least and greatest. Errors are against float64: of all tokens (relative, in the
 Frobenius norm), and 1 - cosine similarity of the class token and of the mean patch token, the worst image's.
 """
 
@@ -125,25 +126,26 @@ def measure(geometry: Geometry, batch: int, rounds: int) -> dict[str, Any]:
     tokens, width = batch * wanted.shape[1], encoder.embed_dim
     sizes = [(tokens, width, 3 * width), (tokens, width, 4 * width), (tokens, 4 * width, width)]
     times: dict[str, list[float]] = {name: [] for name in actions}
-    rates = {"fp32": 0.0, "bf16": 0.0}
+    rates = []
     for _ in range(rounds):
         for name, action in actions.items():
             times[name].append(seconds(action))
-        found = product_rates(sizes, 1)
-        rates = {precision: max(rate, found[precision]) for precision, rate in rates.items()}
+        rates.append(product_rates(sizes, 1))
     flops = geometry.flops(batch)
     for name, row in rows.items():
-        duration = statistics.median(times[name])
+        duration, precision = statistics.median(times[name]), name.split()[-1]
+        shares = [flops / rate[precision] / time for rate, time in zip(rates, times[name], strict=True)]
         row["seconds"] = duration
         row["spread"] = [min(times[name]), max(times[name])]
         row["images_per_second"] = batch / duration
-        row["share_of_floor"] = flops / rates[name.split()[-1]] / duration
+        row["share_of_floor"] = statistics.median(shares)
+        row["share_range"] = [min(shares), max(shares)]
     return {
         "batch": batch,
         "tokens": tokens,
         "rounds": rounds,
         "gflop_per_image": flops / batch / 1e9,
-        "product_gflops": {precision: rate / 1e9 for precision, rate in rates.items()},
+        "product_gflops": {name: statistics.median(rate[name] for rate in rates) / 1e9 for name in rates[0]},
         "rows": rows,
     }
 
@@ -160,7 +162,8 @@ def table(title: str, result: dict[str, Any]) -> str:
     ]
     for name, row in result["rows"].items():
         lines.append(
-            f"| {name} | {row['images_per_second']:.2f} | {row['share_of_floor']:.2f} | {row['relative_error']:.1e} | "
+            f"| {name} | {row['images_per_second']:.2f} | {row['share_of_floor']:.2f} "
+            f"({row['share_range'][0]:.2f}-{row['share_range'][1]:.2f}) | {row['relative_error']:.1e} | "
             f"{row['class_token_error']:.1e} | {row['mean_token_error']:.1e} |"
         )
     return "\n".join(lines)

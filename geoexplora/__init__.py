@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from geoexplora.explora import ExploraConfig, apply_explora, load_adapter, merge_lora, save_adapter
     from geoexplora.models import GroupChannelVisionTransformer, MaskedAutoencoder
     from geoexplora.tasks.exporting import export_encoder
+    from geoexplora.tasks.finetune.exports import load_finetuned
     from geoexplora.transforms import Normalization
     from geoexplora.weights.load import build_encoder, load_encoder
     from geoexplora.weights.spec import EncoderSpec
@@ -29,6 +30,7 @@ _HOMES = {
     "geoexplora.explora": ("ExploraConfig", "apply_explora", "load_adapter", "merge_lora", "save_adapter"),
     "geoexplora.models": ("GroupChannelVisionTransformer", "MaskedAutoencoder"),
     "geoexplora.tasks.exporting": ("export_encoder",),
+    "geoexplora.tasks.finetune.exports": ("load_finetuned",),
     "geoexplora.transforms": ("Normalization",),
     "geoexplora.weights.load": ("build_encoder", "load_encoder"),
     "geoexplora.weights.spec": ("EncoderSpec",),
@@ -51,6 +53,7 @@ __all__ = [
     "export_encoder",
     "load_adapter",
     "load_encoder",
+    "load_finetuned",
     "merge_lora",
     "save_adapter",
 ]

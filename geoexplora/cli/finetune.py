@@ -42,7 +42,7 @@ class FinetuneOptions(
 
 def run(options: FinetuneOptions) -> int:
     """Fine-tune."""
-    from geoexplora.tasks.finetuning import finetune, format_metrics
+    from geoexplora.tasks.finetune.finetuning import finetune, format_metrics
 
     sys.stdout.write(format_metrics(finetune(options)) + "\n")
     return 0

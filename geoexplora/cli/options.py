@@ -151,8 +151,8 @@ class EncoderOptions(Options):
         normalization: method, as in pretrain (none: the encoder's own, with its statistics).
         statistics: for bands that the encoder was not trained with, or another normalization: those published with
             the dataset, or those of its training tiles.
-        antialias: whether resizing smooths first (none: as the encoder's weights say; published files say nothing, and
-            then it does not).
+        antialias: whether resizing smooths first (none: as the encoder was trained; of published files: RGB ones yes,
+            as PIL does, others no).
         band_init: how a band that the encoder does not know starts, as in pretrain.
         patch_resize: how its patch embedding changes the patch size, as in pretrain.
         allow_normalization_mismatch: take weights of this package that were trained with another normalization.

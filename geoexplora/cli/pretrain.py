@@ -42,7 +42,7 @@ class PretrainOptions(
 
 def run(options: PretrainOptions) -> int:
     """Pre-train."""
-    from geoexplora.tasks.pretraining import pretrain
+    from geoexplora.tasks.pretrain.pretraining import pretrain
 
     pretrain(options)
     return 0

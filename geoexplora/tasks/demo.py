@@ -19,7 +19,6 @@ from geoexplora.datamodules.fmow_sentinel import FMoWSentinelDataModule
 from geoexplora.datasets.sample import read_scene
 from geoexplora.datasets.sample_tree import write_fmow_tree
 from geoexplora.runs.pictures import plot_reconstruction
-from geoexplora.tasks.building import build_task
 from geoexplora.tasks.classifiers import (
     Floats,
     Folds,
@@ -30,9 +29,10 @@ from geoexplora.tasks.classifiers import (
     linear_classifier,
     score,
 )
-from geoexplora.tasks.exports import reconstruct
 from geoexplora.tasks.features import extract_features
 from geoexplora.tasks.opening import open_data
+from geoexplora.tasks.pretrain.building import build_task
+from geoexplora.tasks.pretrain.exports import reconstruct
 from geoexplora.tasks.schedule import Schedule
 from geoexplora.transforms.normalization import Normalization
 from geoexplora.weights.load import load_encoder

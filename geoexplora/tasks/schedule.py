@@ -1,4 +1,4 @@
-"""How long a pre-training takes, in optimizer steps."""
+"""How long a training takes, in optimizer steps."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long a pre-training takes.
+    """How long a training takes.
 
     Attributes:
         steps: optimizer steps.

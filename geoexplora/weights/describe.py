@@ -139,6 +139,7 @@ def describe(
             model, image_size=shapes.grid * shapes.patch_size, patch_size=shapes.patch_size, sensor=sensor,
             bands=bands, groups=groups, normalization=normalization, style=style,
             sizes=(shapes.width, shapes.depth, heads),
+            antialias=sensor == RGB.name,  # photographs went through PIL, which always smooths
         )  # fmt: skip
     except ConfigError as problem:
         raise WeightsError(f"{label}: {problem}", "Take another copy of the file.") from problem

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from geoexplora.runs.metrics import read_metrics
-from geoexplora.tasks.mae_task import ExPLoRAPretrain
+from geoexplora.tasks.pretrain.mae import ExPLoRAPretrain
 
 FORKED = ("--strategy", "ddp_fork", "--devices", "2")
 

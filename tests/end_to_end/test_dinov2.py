@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from geoexplora.datamodules.views import TrainView
 from geoexplora.runs.metrics import read_metrics
-from geoexplora.tasks.dinov2_task import ExPLoRADINOv2
+from geoexplora.tasks.pretrain.dinov2 import ExPLoRADINOv2
 from geoexplora.weights.files import read_weights
 
 TINY = (

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from geoexplora.runs.metrics import read_metrics
-from geoexplora.tasks.finetune_exports import load_finetuned
+from geoexplora.tasks.finetune.exports import load_finetuned
 from geoexplora.weights.load import load_encoder
 
 from .conftest import run_command
@@ -242,7 +242,7 @@ def test_what_is_read_back_predicts_the_same(
     assert not task.training
     assert not [name for name, parameter in task.named_parameters() if "lora" in name]
 
-    from geoexplora.tasks.evaluation import evaluate
+    from geoexplora.tasks.finetune.evaluation import evaluate
     from geoexplora.tasks.opening import open_data
     from geoexplora.tasks.torchgeo_data import Normalization
 
@@ -318,7 +318,7 @@ def test_the_best_weights_are_kept(data: dict[tuple[str, Kind], Path], explora_r
     assert torch.load(run / "checkpoints/best.pt", weights_only=True)["step"] == best
 
     # The same run cut off after that step has the same weights (its cosine is that of the long run).
-    from geoexplora.tasks import validation
+    from geoexplora.tasks.finetune import validation
 
     seen = {}
     save = validation.save_best

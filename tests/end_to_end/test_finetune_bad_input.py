@@ -324,7 +324,7 @@ def test_a_diverging_run(classes: Path, explora_run: Path, tmp_path: Path) -> No
 def test_a_run_that_is_not_whole(classes: Path, explora_run: Path, tmp_path: Path) -> None:
     """What reads a fine-tuned model says which file is wrong."""
     from geoexplora.errors import WeightsError
-    from geoexplora.tasks.finetune_exports import load_finetuned
+    from geoexplora.tasks.finetune.exports import load_finetuned
 
     with pytest.raises(WeightsError, match=re.escape("task_head")):
         load_finetuned(explora_run)

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from geoexplora.runs.metrics import read_metrics
-from geoexplora.tasks.finetune_exports import load_finetuned
-from geoexplora.tasks.finetune_task import FineTuneTask
+from geoexplora.tasks.finetune.exports import load_finetuned
+from geoexplora.tasks.finetune.task import FineTuneTask
 from geoexplora.weights.load import load_encoder
 
 from .conftest import run_command
@@ -86,7 +86,7 @@ def test_killed_between_a_better_validation_and_its_checkpoint(
     words = ("--init", explora_run, *LONG, "--eval-every", "1", "--checkpoint-every", "2", "--patience", "9")
     assert finetune("made-up", root, whole, *words).status == 0
 
-    from geoexplora.tasks import validation
+    from geoexplora.tasks.finetune import validation
 
     save = validation.save_best
 

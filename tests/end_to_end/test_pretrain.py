@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from geoexplora.explora.attention import SplitAttention
 from geoexplora.runs.metrics import TIMING_COLUMNS, read_metrics
-from geoexplora.tasks.exports import RunExport
+from geoexplora.tasks.pretrain.exports import RunExport
 from geoexplora.weights.load import load_encoder
 
 FILES = {
@@ -209,7 +209,7 @@ def test_spatial_masks_and_the_reference_pairing(pretrain, photo_run, tmp_path, 
 
 def test_the_probe_warns_when_features_get_worse(pretrain, photo_run, tmp_path, monkeypatch):
     falling = iter([0.9, 0.5, 0.95])
-    monkeypatch.setattr("geoexplora.tasks.callbacks.KNNProbe._accuracy", lambda *_: next(falling))
+    monkeypatch.setattr("geoexplora.tasks.pretrain.callbacks.KNNProbe._accuracy", lambda *_: next(falling))
     got = pretrain(tmp_path / "r", "--init", photo_run, "--probe-every", "2")
     assert got.status == 0
     assert got.err.count("warning: the kNN probe fell to 0.5000 at step 2, below the 0.9000 of the start") == 1

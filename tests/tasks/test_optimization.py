@@ -12,8 +12,8 @@ from torch import nn
 from geoexplora.bands import FMOW_SENTINEL_BANDS, FMOW_SENTINEL_GROUPS, FMOW_SENTINEL_STATISTICS
 from geoexplora.explora import ExploraConfig, apply_explora
 from geoexplora.objectives.dinov2 import Heads, HeadSizes
-from geoexplora.tasks.mae_task import ExPLoRAPretrain
 from geoexplora.tasks.optimization import cosine, parameter_groups, warmup_cosine
+from geoexplora.tasks.pretrain.mae import ExPLoRAPretrain
 from geoexplora.tasks.schedule import Schedule
 
 

@@ -107,6 +107,7 @@ def test_dinov2_is_described(tmp_path: Path) -> None:
     assert (spec.image_size, spec.patch_size, spec.style) == (56, 14, Style(layer_scale=True, registers=4))
     assert (spec.timm_name, spec.timm_args) == ("vit_small_patch14_reg4_dinov2", {"img_size": 56, "num_classes": 0})
     assert spec.normalization["mean"] == list(IMAGENET_STATISTICS.mean)
+    assert spec.antialias
     assert source.assumed == ("bands red, green, blue", "statistics of ImageNet", "6 attention heads")
     assert set(source.left_out) == {"mask_token"}
     assert "--objective dinov2 takes up" in source.left_out["mask_token"]
@@ -259,6 +260,7 @@ def test_satmae_group_channels(tmp_path: Path) -> None:
     spec = source.described()
     assert source.format == "satmae"
     assert (spec.sensor, spec.bands, len(spec.groups or ())) == ("sentinel-2", FMOW_SENTINEL_BANDS, 3)
+    assert not spec.antialias
     assert spec.normalization["method"] == "clip-uint8"
     assert spec.style.channel_width == 8
     assert source.decoder == {"width": 16, "depth": 1}

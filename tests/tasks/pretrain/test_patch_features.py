@@ -14,7 +14,7 @@ from sklearn.decomposition import PCA
 
 from geoexplora.errors import RunError
 from geoexplora.models.group_channel_vit import GroupChannelVisionTransformer
-from geoexplora.tasks.patch_features import (
+from geoexplora.tasks.pretrain.patch_features import (
     align,
     patch_features,
     principal_scores,

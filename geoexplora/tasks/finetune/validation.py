@@ -18,8 +18,8 @@ from geoexplora.datamodules.tiles import TilesDataModule
 from geoexplora.errors import RunError
 from geoexplora.runs.metrics import Metrics
 from geoexplora.tasks.callbacks import StepClock
-from geoexplora.tasks.evaluation import evaluate
-from geoexplora.tasks.finetune_task import FineTuneTask
+from geoexplora.tasks.finetune.evaluation import evaluate
+from geoexplora.tasks.finetune.task import FineTuneTask
 from geoexplora.weights.atomic import atomic_path
 
 log = logging.getLogger(__name__)

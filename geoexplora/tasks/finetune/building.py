@@ -6,11 +6,11 @@ from inspect import signature
 from typing import Any
 
 from geoexplora.registry import resolve_blocks
-from geoexplora.tasks.classification_task import ExPLoRAClassification, ExPLoRARegression
-from geoexplora.tasks.finetune_task import FineTuneTask
+from geoexplora.tasks.finetune.classification import ExPLoRAClassification, ExPLoRARegression
+from geoexplora.tasks.finetune.segmentation import ExPLoRASegmentation
+from geoexplora.tasks.finetune.task import FineTuneTask
 from geoexplora.tasks.labelled_data import Labels
 from geoexplora.tasks.schedule import Schedule
-from geoexplora.tasks.segmentation_task import ExPLoRASegmentation
 from geoexplora.weights.spec import EncoderSpec
 
 TASKS: dict[str, type[FineTuneTask]] = {

@@ -15,9 +15,9 @@ from geoexplora.datamodules.tiles import TilesDataModule
 from geoexplora.runs.confusion import plot_confusion
 from geoexplora.runs.folder import RunFolder
 from geoexplora.runs.predictions import plot_class_predictions, plot_mask_predictions, plot_value_predictions
-from geoexplora.tasks.evaluation import Evaluation
 from geoexplora.tasks.features import evaluating
-from geoexplora.tasks.finetune_task import FineTuneTask
+from geoexplora.tasks.finetune.evaluation import Evaluation
+from geoexplora.tasks.finetune.task import FineTuneTask
 
 SHOWN = 6
 """Right and as many wrong predictions in a picture of classes."""

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from geoexplora.errors import WeightsError
 from geoexplora.runs.folder import RunFolder
 from geoexplora.tasks import ExPLoRAClassification, ExPLoRARegression, ExPLoRASegmentation
-from geoexplora.tasks.finetune_exports import export_model, load_finetuned
+from geoexplora.tasks.finetune.exports import export_model, load_finetuned
 from geoexplora.weights.load import build_encoder
 from geoexplora.weights.spec import EncoderSpec
 

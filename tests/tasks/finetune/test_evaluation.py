@@ -14,7 +14,7 @@ from torch import Tensor
 
 from geoexplora.errors import DataError
 from geoexplora.tasks import ExPLoRAClassification, ExPLoRARegression, ExPLoRASegmentation
-from geoexplora.tasks.evaluation import evaluate
+from geoexplora.tasks.finetune.evaluation import evaluate
 from geoexplora.weights.load import build_encoder
 from geoexplora.weights.spec import EncoderSpec
 

@@ -21,11 +21,12 @@ from geoexplora.runs.metrics import Metrics, read_metrics
 from geoexplora.runs.plots import plot_loss
 from geoexplora.runs.progress import progress_callback
 from geoexplora.tasks.callbacks import MetricsWriter, StepClock, check_finite
-from geoexplora.tasks.evaluation import Evaluation, evaluate
-from geoexplora.tasks.finetune_building import build_finetuning
-from geoexplora.tasks.finetune_exports import export_model
-from geoexplora.tasks.finetune_pictures import draw_predictions
-from geoexplora.tasks.finetune_task import FineTuneTask
+from geoexplora.tasks.finetune.building import build_finetuning
+from geoexplora.tasks.finetune.evaluation import Evaluation, evaluate
+from geoexplora.tasks.finetune.exports import export_model
+from geoexplora.tasks.finetune.pictures import draw_predictions
+from geoexplora.tasks.finetune.task import FineTuneTask
+from geoexplora.tasks.finetune.validation import Validation, load_best
 from geoexplora.tasks.health import sample_names
 from geoexplora.tasks.labelled_data import KINDS, look_at_labels
 from geoexplora.tasks.opening import open_encoder, open_for
@@ -33,7 +34,6 @@ from geoexplora.tasks.parallel import SharedFailure, fit, process_rank
 from geoexplora.tasks.run_records import DATA_KEY, SOURCE_KEY, data_record, record_start, refuse_other_data
 from geoexplora.tasks.schedule import Schedule
 from geoexplora.tasks.trainer import make_trainer, quiet_lightning
-from geoexplora.tasks.validation import Validation, load_best
 from geoexplora.weights.atomic import write_text
 from geoexplora.weights.spec import EncoderSpec
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchgeo.tasks import ClassificationMixin, RegressionMixin
 
 from geoexplora.models.classifier import PooledClassifier, Pooling
-from geoexplora.tasks.finetune_task import FineTuneTask
+from geoexplora.tasks.finetune.task import FineTuneTask
 from geoexplora.transforms.mixing import BatchMixing
 
 

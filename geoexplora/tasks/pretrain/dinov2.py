@@ -20,7 +20,7 @@ from geoexplora.datamodules.tiles import TilesDataModule
 from geoexplora.objectives.block_masking import block_masks
 from geoexplora.objectives.dinov2 import GLOBAL_CROPS, Centering, DINOv2, HeadSizes
 from geoexplora.tasks.optimization import cosine
-from geoexplora.tasks.pretrain_task import PretrainTask
+from geoexplora.tasks.pretrain.task import PretrainTask
 from geoexplora.transforms.multi_crop import MultiCrop
 from geoexplora.transforms.normalization import Normalization
 from geoexplora.transforms.photometric import photometric

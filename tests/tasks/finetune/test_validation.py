@@ -14,7 +14,7 @@ from geoexplora.errors import RunError
 from geoexplora.runs.metrics import Metrics
 from geoexplora.tasks import ExPLoRAClassification, ExPLoRASegmentation
 from geoexplora.tasks.callbacks import StepClock
-from geoexplora.tasks.validation import Validation, load_best, save_best
+from geoexplora.tasks.finetune.validation import Validation, load_best, save_best
 from geoexplora.weights.load import build_encoder
 from geoexplora.weights.spec import EncoderSpec
 

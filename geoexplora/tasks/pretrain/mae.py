@@ -16,7 +16,7 @@ from geoexplora.models.decoder import MAEDecoder
 from geoexplora.models.masked_autoencoder import MaskedAutoencoder
 from geoexplora.objectives.mae import Pairing, mae_loss
 from geoexplora.objectives.masking import TokenMask, mask_from_noise, noise_shape
-from geoexplora.tasks.pretrain_task import PretrainTask, freeze_encodings
+from geoexplora.tasks.pretrain.task import PretrainTask, freeze_encodings
 from geoexplora.transforms.multi_crop import MultiCrop
 from geoexplora.weights.source_weights import SourceWeights
 

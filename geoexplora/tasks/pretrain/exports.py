@@ -14,10 +14,10 @@ from geoexplora.runs.folder import RunFolder
 from geoexplora.runs.metrics import read_metrics
 from geoexplora.runs.pictures import plot_features, plot_reconstruction
 from geoexplora.runs.plots import plot_health, plot_loss
-from geoexplora.tasks.dinov2_task import ExPLoRADINOv2
 from geoexplora.tasks.features import evaluating
-from geoexplora.tasks.mae_task import ExPLoRAPretrain
-from geoexplora.tasks.patch_features import (
+from geoexplora.tasks.pretrain.dinov2 import ExPLoRADINOv2
+from geoexplora.tasks.pretrain.mae import ExPLoRAPretrain
+from geoexplora.tasks.pretrain.patch_features import (
     align,
     patch_features,
     principal_scores,

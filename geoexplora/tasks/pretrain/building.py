@@ -7,9 +7,9 @@ from inspect import signature
 from typing import Any
 
 from geoexplora.datamodules.tiles import TilesDataModule
-from geoexplora.tasks.dinov2_task import ExPLoRADINOv2, load_size
-from geoexplora.tasks.mae_task import ExPLoRAPretrain
-from geoexplora.tasks.pretrain_task import PretrainTask
+from geoexplora.tasks.pretrain.dinov2 import ExPLoRADINOv2, load_size
+from geoexplora.tasks.pretrain.mae import ExPLoRAPretrain
+from geoexplora.tasks.pretrain.task import PretrainTask
 from geoexplora.tasks.schedule import Schedule
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from geoexplora.bands import FMOW_SENTINEL_BANDS, FMOW_SENTINEL_GROUPS, RGB
-from geoexplora.tasks.dinov2_task import ExPLoRADINOv2
+from geoexplora.tasks.pretrain.dinov2 import ExPLoRADINOv2
 
 STEPS = 10
 SMALL = {

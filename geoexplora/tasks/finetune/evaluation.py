@@ -19,7 +19,7 @@ from torchmetrics.classification import MulticlassConfusionMatrix
 
 from geoexplora.errors import DataError
 from geoexplora.tasks.features import evaluating
-from geoexplora.tasks.finetune_task import FineTuneTask
+from geoexplora.tasks.finetune.task import FineTuneTask
 
 Array = NDArray[Any]
 

@@ -14,7 +14,7 @@ from torchgeo.tasks import ClassificationMixin
 
 from geoexplora.errors import ConfigError, DataError
 from geoexplora.models.segmentation import SegmentationModel
-from geoexplora.tasks.finetune_task import FineTuneTask
+from geoexplora.tasks.finetune.task import FineTuneTask
 
 
 class ExPLoRASegmentation(ClassificationMixin, FineTuneTask):

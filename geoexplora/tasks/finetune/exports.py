@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from geoexplora.errors import WeightsError
 from geoexplora.explora import merged_state_dict, save_adapter, table_to_json
 from geoexplora.runs.folder import RunFolder
-from geoexplora.tasks.finetune_building import TASKS
-from geoexplora.tasks.finetune_task import FineTuneTask
+from geoexplora.tasks.finetune.building import TASKS
+from geoexplora.tasks.finetune.task import FineTuneTask
 from geoexplora.weights.load import load_encoder
 from geoexplora.weights.write import save_encoder, save_task_head
 

@@ -14,13 +14,14 @@ from geoexplora.runs.checkpoint import RunCheckpoint, find_checkpoint
 from geoexplora.runs.folder import RunFolder
 from geoexplora.runs.metrics import Metrics, read_metrics
 from geoexplora.runs.progress import progress_callback
-from geoexplora.tasks.building import build_task, whole_tile_size
-from geoexplora.tasks.callbacks import FirstFeatures, KNNProbe, MetricsWriter, StepClock, check_finite
-from geoexplora.tasks.exports import RunExport
+from geoexplora.tasks.callbacks import MetricsWriter, StepClock, check_finite
 from geoexplora.tasks.health import HealthWatch, sample_names
 from geoexplora.tasks.opening import open_data
 from geoexplora.tasks.parallel import SharedFailure, fit, process_rank
-from geoexplora.tasks.pretrain_task import PretrainTask
+from geoexplora.tasks.pretrain.building import build_task, whole_tile_size
+from geoexplora.tasks.pretrain.callbacks import FirstFeatures, KNNProbe
+from geoexplora.tasks.pretrain.exports import RunExport
+from geoexplora.tasks.pretrain.task import PretrainTask
 from geoexplora.tasks.run_records import DATA_KEY, SOURCE_KEY, data_record, record_start, refuse_other_data
 from geoexplora.tasks.schedule import Schedule
 from geoexplora.tasks.trainer import make_trainer, quiet_lightning

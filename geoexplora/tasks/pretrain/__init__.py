@@ -1,0 +1,1 @@
+"""``geoexplora pretrain``: masked autoencoders and DINOv2 as TorchGeo tasks."""
