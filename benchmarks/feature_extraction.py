@@ -12,9 +12,10 @@ all of them; durations are medians over rounds.
 - copy: ``geoexplora.models.inference.inference_copy`` of it.
 
 The floor is the counted FLOPs (matrix products, attention, convolutions) over the rate of matrix products of the
-model's own sizes in that precision, the fastest size of those measured in the same round; shares of it are medians over
-rounds of the shares within a round, in brackets their least and greatest. Errors are against float64: of all tokens (relative, in the
-Frobenius norm), and 1 - cosine similarity of the class token and of the mean patch token, the worst image's.
+model's own sizes in that precision, the fastest size of those measured in the same round; shares of it are medians
+over rounds of the shares within a round, in brackets their least and greatest. Errors are against float64: of all
+tokens (relative, in the Frobenius norm), and 1 - cosine similarity of the class token and of the mean patch token, the
+worst image's.
 """
 
 from __future__ import annotations
