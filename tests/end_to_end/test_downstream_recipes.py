@@ -148,7 +148,7 @@ def test_fine_tuning_on_fmow_rgb(row: str, expected: dict[str, Any]) -> None:
     assert {name: recipe[name] for name in expected} == expected
 
 
-@pytest.mark.parametrize("row", ["fmow-rgb", "fmow-rgb-adalora", "fmow-sentinel-lora"])
+@pytest.mark.parametrize("row", ["fmow-rgb", "fmow-rgb-adalora", "fmow-sentinel"])
 def test_the_reference_settings_of_low_ranks(row: str) -> None:
     """DESIGN's, from the authors' public script."""
     recipe = settings(f"finetune/{row}")
@@ -159,7 +159,7 @@ def test_the_reference_settings_of_low_ranks(row: str) -> None:
     assert {name: recipe[name] for name in reference} == reference
 
 
-@pytest.mark.parametrize("row", ["fmow-sentinel", "fmow-rgb-full"])
+@pytest.mark.parametrize("row", ["fmow-sentinel-full", "fmow-rgb-full"])
 def test_the_reference_settings_of_satmaes_fine_tuning(row: str) -> None:
     recipe = settings(f"finetune/{row}")
     reference = {
@@ -185,10 +185,8 @@ def test_the_protocol_of_the_linear_probe(name: str) -> None:
             "finetune/fmow-rgb-full",
             {"77.80": "--init ScaleMAELarge16_Weights.FMOW_RGB", "77.78": "--init satmae-vitl-fmow-rgb"},
         ),
-        (
-            "finetune/fmow-sentinel",
-            {"61.48": "--init satmae-vitl-fmow-sentinel", "60.15": "--init runs/fmow-sentinel"},
-        ),
+        ("finetune/fmow-sentinel", {"60.15": "--init runs/fmow-sentinel"}),
+        ("finetune/fmow-sentinel-full", {"61.48": "--init satmae-vitl-fmow-sentinel"}),
         (
             "probe/fmow-rgb",
             {
