@@ -1,4 +1,4 @@
-"""Does a DINOv2 step of ExPLoRA fit into a GPU's memory? Bytes counted on a CPU, for ``pretrain_step.py``.
+"""Does a DINOv2 step of ExPLoRA fit into a GPU's memory? Bytes counted on a CPU, for ``training_step.py``.
 
 Bytes do not depend on the device where shapes, types and kernels' saved tensors are the same. So the model is built
 without the package's paths for CPUs (attention in bf16, frozen weights cast by autocast at each call, as on a GPU), and

@@ -1,4 +1,4 @@
-"""DINOv2 steps in fMoW-RGB geometry, for ``pretrain_step.py``."""
+"""DINOv2 steps in fMoW-RGB geometry, for ``training_step.py``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Crops(NamedTuple):
 
 @dataclass(frozen=True)
 class DINOv2Variant(Variant):
-    """Student and teacher; see ``pretrain_step.py`` for the modes."""
+    """Student and teacher; see ``training_step.py`` for the modes."""
 
     title: ClassVar[str] = "DINOv2; speed and memory against full of the same precision"
     modes: ClassVar[tuple[str, ...]] = ("full", "explora, copied", "explora")

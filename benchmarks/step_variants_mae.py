@@ -1,4 +1,4 @@
-"""Masked-autoencoder steps in fMoW-Sentinel geometry, for ``pretrain_step.py``."""
+"""Masked-autoencoder steps in fMoW-Sentinel geometry, for ``training_step.py``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BANDS, GROUPS, SIZE = 10, 3, 96
 
 @dataclass(frozen=True)
 class MAEVariant(Variant):
-    """A masked autoencoder; see ``pretrain_step.py`` for the modes."""
+    """A masked autoencoder; see ``training_step.py`` for the modes."""
 
     title: ClassVar[str] = "MAE; speed and memory against reference fp32"
     modes: ClassVar[tuple[str, ...]] = ("reference", "full", "explora")

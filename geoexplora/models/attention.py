@@ -17,7 +17,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     """``scaled_dot_product_attention``; in fp32 where a CPU computes in bf16.
 
     torch's fused bf16 kernel for CPUs has a backward that takes up to three times as long as the fp32 one
-    (``benchmarks/pretrain_step.py``).
+    (``benchmarks/training_step.py``).
 
     Args:
         q: (B, h, N, d).

@@ -1,7 +1,7 @@
 """Linear layers on oneDNN's fp32 matrix products where torch would take a slower library's.
 
 On CPUs torch multiplies fp32 matrices with MKL, which is slow on AMD processors; oneDNN, which torch ships as well,
-is faster there (``benchmarks/pretrain_step.py``). bf16 and accelerators already take the fast path.
+is faster there (``benchmarks/training_step.py``). bf16 and accelerators already take the fast path.
 
 Shapes: ... leading sizes, I input width, O output width.
 """

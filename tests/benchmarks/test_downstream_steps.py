@@ -1,4 +1,4 @@
-"""``benchmarks/feature_extraction.py`` and ``finetune_step.py`` at a tiny size."""
+"""``benchmarks/feature_extraction.py`` and ``training_step.py --task finetune`` at a tiny size."""
 
 from __future__ import annotations
 
@@ -41,16 +41,17 @@ def test_flops_of_features_are_those_of_the_products(monkeypatch: pytest.MonkeyP
     assert geometry.flops(3) == 3 * (2 * (products + attention) + embedding)
 
 
-def test_finetune_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import finetune_step
+def test_step_of_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import training_step
 
-    monkeypatch.setattr(finetune_step, "peak_memory", lambda variant, *_: 100.0 if variant.mode == "full" else 50.0)
-    finetune_step.main(["--small", "--batch", "2", "--output", str(tmp_path / "found.json")])
-    rows = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))["rows"]
+    monkeypatch.setattr(training_step, "peak_memory", lambda _, variant, *__: 100.0 if variant.mode == "full" else 50.0)
+    words = ["--task", "finetune", "--models", "small", "--batch", "2", "--rounds", "1"]
+    training_step.main([*words, "--json", str(tmp_path / "found.json")])
+    rows = json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))["models"]["small"]["rows"]
     for precision in ("fp32", "bf16"):
         full, lora = rows[f"full {precision}"], rows[f"lora {precision}"]
         assert lora["trained_parameters"] == 2 * 2 * 8 * (64 + 64) + 62 * (64 + 1)
         assert lora["tflop"] < full["tflop"]
         assert lora["held_mib"] < full["held_mib"]
         assert (full["memory_ratio"], lora["memory_ratio"]) == (1.0, 0.5)
-        assert full["time_ratio"] == 1.0
+        assert full["speed_ratio"] == 1.0

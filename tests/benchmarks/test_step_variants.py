@@ -1,4 +1,4 @@
-"""Training steps that ``benchmarks/pretrain_step.py`` measures, at a tiny size."""
+"""Training steps that ``benchmarks/training_step.py`` measures, at a tiny size."""
 
 from __future__ import annotations
 
@@ -72,13 +72,13 @@ def test_counting_without_values_finds_the_bytes_of_a_real_step(mode: str, monke
 
 
 def test_losses_that_differ_stop_the_benchmark() -> None:
-    import pretrain_step
+    import training_step
 
     kind = modules()[1]
     losses = {variant.name: 2.0 for variant in kind.all()}
-    pretrain_step.check_losses(kind, losses)
+    training_step.check_losses(kind, losses)
     with pytest.raises(SystemExit, match="losses differ"):
-        pretrain_step.check_losses(kind, losses | {"explora fp32": 2.001})
+        training_step.check_losses(kind, losses | {"explora fp32": 2.001})
 
 
 def test_live_bytes_follow_births_and_deaths_of_storages() -> None:

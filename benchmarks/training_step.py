@@ -1,8 +1,9 @@
-"""How fast is a pre-training step of ExPLoRA against full training, and how far from the floor?
+"""How fast is a training step of ExPLoRA or LoRA against full training, and how far from the floor?
 
-    python benchmarks/pretrain_step.py --models vit_base --json benchmarks/results/pretrain_step_vit_base.json
-    python benchmarks/pretrain_step.py --objective dinov2 --models vit_base --batch 4
-    python benchmarks/pretrain_step.py --memory-estimate --models vit_large --batch 8
+    python benchmarks/training_step.py --models vit_base --json benchmarks/results/pretrain_step_vit_base.json
+    python benchmarks/training_step.py --task dinov2 --models vit_base --batch 4
+    python benchmarks/training_step.py --task finetune --models vit_base --rounds 7
+    python benchmarks/training_step.py --memory-estimate --models vit_large --batch 8
 
 Variants run in turn within each round of one process, so that a change of the machine's mood hits all of them; ratios
 are medians over rounds of the ratios within a round.
@@ -23,6 +24,12 @@ are cut and masks drawn before; stochastic depth and gradient clipping are left 
 - explora, copied: block L whole, LoRA of rank 64 on Q and V, norms, class token and head; the teacher copies what is
   frozen, too. A first step must give the losses of explora;
 - explora: the same, but what is frozen exists once.
+
+Fine-tuning steps (forward, backward, AdamW) of an RGB ViT, 224 px and patch 16, with a linear head of 62 classes on the
+mean patch token; no augmentation, no stochastic depth.
+
+- full: all weights;
+- lora: LoRA of rank 8 on Q and V of all blocks, and the head.
 
 The floor is the step's counted FLOPs (matrix products, attention, convolutions; only gradients that are needed) over
 the fastest measured rate of matrix products of the model's own sizes. Peak memory is that of a process of its own,
@@ -45,14 +52,15 @@ from circumstances import circumstances
 from step_measure import Variant, adamw, count, peak_of_steps, product_rates, seconds
 from step_memory import estimate, memory_table
 from step_variants_dinov2 import DINOv2Variant
+from step_variants_finetune import FinetuneVariant
 from step_variants_mae import MAEVariant
 
-OBJECTIVES: dict[str, type[Variant]] = {"mae": MAEVariant, "dinov2": DINOv2Variant}
+TASKS: dict[str, type[Variant]] = {"mae": MAEVariant, "dinov2": DINOv2Variant, "finetune": FinetuneVariant}
 
 
-def peak_memory(objective: str, variant: Variant, model: str, batch: int) -> float:
+def peak_memory(task: str, variant: Variant, model: str, batch: int) -> float:
     """Peak memory of two steps in a process of their own, in MiB."""
-    words = [sys.executable, __file__, "--memory-of", objective, variant.mode, variant.precision, model, str(batch)]
+    words = [sys.executable, __file__, "--memory-of", task, variant.mode, variant.precision, model, str(batch)]
     return float(subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
@@ -64,9 +72,9 @@ def check_losses(kind: type[Variant], losses: dict[str, float]) -> None:
             raise SystemExit(f"losses differ: {found}")
 
 
-def measure(objective: str, model: str, batch: int, rounds: int) -> dict[str, Any]:
+def measure(task: str, model: str, batch: int, rounds: int) -> dict[str, Any]:
     """All variants of one model."""
-    kind = OBJECTIVES[objective]
+    kind = TASKS[task]
     variants = kind.all()
     inputs = variants[0].inputs(batch)
     # Both precisions of a mode train the same weights: six ViT-L with their optimizers do not fit into 24 GB.
@@ -85,6 +93,7 @@ def measure(objective: str, model: str, batch: int, rounds: int) -> dict[str, An
             times[name].append(seconds(step))
         found = product_rates(variants[0].product_sizes(model, batch), 1)
         rates = {precision: max(rate, found[precision]) for precision, rate in rates.items()}
+    trained = {mode: sum(p.numel() for p in built.parameters() if p.requires_grad) for mode, built in models.items()}
     del steps, models, optimizers
     rows: dict[str, dict[str, Any]] = {}
     for variant in variants:
@@ -93,6 +102,7 @@ def measure(objective: str, model: str, batch: int, rounds: int) -> dict[str, An
         base = variant.baseline.name
         ratios = [b / t for b, t in zip(times[base], times[variant.name], strict=True)]
         rows[variant.name] = {
+            "trained_parameters": trained[variant.mode],
             "seconds": duration,
             "spread": [min(times[variant.name]), max(times[variant.name])],
             "images_per_second": batch / duration,
@@ -100,7 +110,7 @@ def measure(objective: str, model: str, batch: int, rounds: int) -> dict[str, An
             "speed_ratio_spread": [min(ratios), max(ratios)],
             "tflop": cost.flops / 1e12,
             "times_floor": duration * rates[variant.precision] / cost.flops,
-            "peak_memory_mib": (memory := peak_memory(objective, variant, model, batch)),
+            "peak_memory_mib": (memory := peak_memory(task, variant, model, batch)),
             "memory_ratio": memory / rows[base]["peak_memory_mib"] if base in rows else 1.0,
             "held_mib": cost.held_bytes / 2**20,
         }
@@ -132,20 +142,20 @@ def table(title: str, result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--objective", choices=list(OBJECTIVES), default="mae")
+    parser.add_argument("--task", choices=list(TASKS), default="mae")
     parser.add_argument("--models", nargs="+", default=["vit_base", "vit_large"])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory-estimate", action="store_true", help="DINOv2 in bf16 on a card of 16 GiB, instead")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--memory-of", nargs=5, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     if arguments.memory_of:
-        objective, mode, precision, model, batch = arguments.memory_of
-        print(peak_of_steps(OBJECTIVES[objective](mode, precision), model, int(batch)))
+        task, mode, precision, model, batch = arguments.memory_of
+        print(peak_of_steps(TASKS[task](mode, precision), model, int(batch)))
         return
     record = circumstances(("torch", "timm", "peft")) | {"seed": 0, "models": {}}
     print(
@@ -156,8 +166,8 @@ def main() -> None:
             result = estimate(model, arguments.batch)
             text = memory_table(model, result)
         else:
-            result = measure(arguments.objective, model, arguments.batch, arguments.rounds)
-            text = table(f"{OBJECTIVES[arguments.objective].title}; {model}", result)
+            result = measure(arguments.task, model, arguments.batch, arguments.rounds)
+            text = table(f"{TASKS[arguments.task].title}; {model}", result)
         record["models"][model] = result
         print(f"\n{text}", flush=True)
     if arguments.json:
