@@ -14,6 +14,7 @@ from typing import Any
 
 from geoexplora.bands import nearest
 from geoexplora.errors import ConfigError
+from geoexplora.torchgeo_facts import FACTS
 
 
 @dataclass(frozen=True)
@@ -164,20 +165,13 @@ class DatasetEntry:
 TORCHGEO = "torchgeo:"
 """What precedes the name of a TorchGeo dataset."""
 
-TORCHGEO_SENSORS = {
-    "EuroSAT": "sentinel-2", "EuroSAT100": "sentinel-2", "EuroSATSpatial": "sentinel-2", "SEN12MS": "sentinel-2",
-    "SSL4EOS12": "sentinel-2",
-    "DLRSD": "rgb", "FireRisk": "rgb", "LandCoverAI": "rgb", "LoveDA": "rgb", "MillionAID": "rgb",
-    "NonGeoClassificationDataset": "rgb", "PatternNet": "rgb", "RESISC45": "rgb", "TropicalCyclone": "rgb",
-    "UCMerced": "rgb",
-}  # fmt: skip
-"""Sensors of TorchGeo's datasets that hold all bands of one, so that bands are checked before the data are opened."""
-
 _TORCHGEO_DATAMODULE = "geoexplora.datamodules.torchgeo_source:TorchGeoDataModule"
 
 
 def _torchgeo(name: str) -> DatasetEntry:
-    return DatasetEntry(_TORCHGEO_DATAMODULE, TORCHGEO_SENSORS.get(name), arguments={"name": name})
+    facts = FACTS.get(name)
+    sensor = facts.sensor.name if facts and facts.all_bands else None
+    return DatasetEntry(_TORCHGEO_DATAMODULE, sensor, arguments={"name": name})
 
 
 DATASETS: dict[str, DatasetEntry] = {

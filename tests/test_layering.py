@@ -12,7 +12,7 @@ import geoexplora
 PACKAGE = Path(geoexplora.__file__).parent
 
 LEVELS = (
-    {"registry", "bands", "errors", "timm_hook"},
+    {"registry", "torchgeo_facts", "bands", "errors", "timm_hook"},
     {"models", "weights", "datasets", "transforms"},
     {"objectives", "explora", "datamodules", "runs"},
     {"tasks", "inference"},

@@ -117,8 +117,13 @@ def amounts(options: Any) -> Iterator[Finding]:
     if not 0 < low <= high <= 1:
         text = f"--crop-scale {low:g},{high:g}: expected two shares of the area, rising, above 0 and up to 1."
         yield Finding(("crop_scale",), text)
-    if isinstance(options.class_weights, tuple) and not all(weight >= 0 for weight in options.class_weights):
-        yield Finding(("class_weights",), "--class-weights must be at least 0.")
+    weights = options.class_weights
+    if isinstance(weights, tuple):
+        if not all(weight >= 0 for weight in weights):
+            yield Finding(("class_weights",), "--class-weights must be at least 0.")
+        elif sum(weight > 0 for weight in weights) < 2:
+            text = "--class-weights: at least two must be above 0, as nothing can be learned from one class alone."
+            yield Finding(("class_weights",), text)
 
 
 FINETUNE_CHECKS: dict[Check, tuple[str, ...]] = checks.SOURCE_CHECKS | {

@@ -149,8 +149,8 @@ class EncoderOptions(Options):
         image_size: side of the square input, in pixels (none: as the encoder was trained).
         patch_size: side of a patch, in pixels (none: the encoder's).
         normalization: method, as in pretrain (none: the encoder's own, with its statistics).
-        statistics: for bands that the encoder was not trained with, or another normalization: those published with
-            the dataset, or those of its training tiles.
+        statistics: reference takes the encoder's own; for bands that it was not trained with, or another normalization,
+            those published with the dataset. dataset takes those of its training tiles.
         antialias: whether resizing smooths first (none: as the encoder was trained; of published files: RGB ones yes,
             as PIL does, others no).
         band_init: how a band that the encoder does not know starts, as in pretrain.

@@ -126,9 +126,19 @@ def _counts(options: ProbeOptions) -> Iterator[Finding]:
         yield Finding(("temperature",), f"--temperature must be above 0, not {options.temperature:g}.")
 
 
+def _repeats(options: ProbeOptions) -> Iterator[Finding]:
+    """Seeds that nothing depends on."""
+    if options.repeats > 1 and not options.few_shot and "linear" not in (options.classifiers or ("linear",)):
+        text = (
+            f"--repeats {options.repeats} changes nothing here: only the linear probe and --few-shot depend on seeds."
+        )
+        yield Finding(("repeats", "few_shot", "classifiers"), text, "warning")
+
+
 PROBE_CHECKS: dict[Check, tuple[str, ...]] = checks.SOURCE_CHECKS | {
     _encoder: ("init", "model"),
     _counts: ("k", "few_shot", "image_size", "patch_size", "repeats", "linear_steps", "classifiers", "temperature"),
+    _repeats: ("repeats", "few_shot", "classifiers"),
     checks.numbers: (),
 }
 

@@ -13,22 +13,25 @@ from geoexplora.datasets.tiles import Target, Tile, TileSource
 from geoexplora.errors import DataError
 
 
-def check_target(tile: Tile, source: TileSource, index: int, ignore_index: int | None = None) -> Target:
+def check_target(
+    tile: Tile, source: TileSource, index: int, ignore_index: int | None = None, num_classes: int | None = None
+) -> Target:
     """The target of a tile, known to fit its image and the classes.
 
-    Where the source does not tell its classes, any class from 0 on will do.
+    Where nobody tells the number of classes, any class from 0 on will do.
 
     Args:
         tile: the tile.
         source: where it comes from.
         index: the one that was asked for.
         ignore_index: the value of a mask that is no class.
+        num_classes: number of classes; None: as many as the source tells.
 
     Raises:
         DataError: if a class, a value of a mask, or a vector of labels is out of range, a mask is of another size than
             its image, or a number is not finite; names the file.
     """
-    target, count = tile.target, len(source.classes)
+    target, count = tile.target, num_classes or len(source.classes)
     if isinstance(target, np.ndarray) and source.target == "mask":
         problem = _mask_problem(target, tile.image.shape[1:], count, ignore_index)
     elif isinstance(target, np.ndarray):

@@ -60,6 +60,7 @@ class TilesDataModule(NonGeoDataModule):
         whole_tiles: train on whole tiles, stretched to squares of this many pixels; None: on random crops. Set it
             before ``setup``.
         ignore_index: the value of a mask that is no class; None: all values are classes. Set it before ``setup``.
+        num_classes: number of classes of the targets; None: as many as the source tells. Set it before ``setup``.
         unlabelled: leave targets, unseen, out of the training batches, and all but classes out of evaluation:
             pre-training needs none but for its kNN probe. Set it before ``setup``.
 
@@ -133,6 +134,7 @@ class TilesDataModule(NonGeoDataModule):
         self.num_batches: int | None = None
         self.whole_tiles: int | None = None
         self.ignore_index: int | None = None
+        self.num_classes: int | None = None
         self.unlabelled = False
         self._sources: dict[str, TileSource] = {}
 
@@ -198,7 +200,9 @@ class TilesDataModule(NonGeoDataModule):
                 raise ConfigError(f"whole tiles of {self.whole_tiles} px cannot be", "Give a size of at least 1 pixel.")
             else:
                 crop = WholeTile(self.normalization, self.whole_tiles, self.antialias)
-            self.train_dataset = TrainView(self.training_source, crop, self.seed, self.ignore_index, self.unlabelled)
+            self.train_dataset = TrainView(
+                self.training_source, crop, self.seed, self.ignore_index, self.unlabelled, self.num_classes
+            )
         if stage == "validate":
             self.val_dataset = self.eval_dataset("val")
         if stage == "test":
@@ -208,7 +212,8 @@ class TilesDataModule(NonGeoDataModule):
         """One split without augmentation, with ``labels`` and ``location_ids`` where it has them."""
         crop = EvaluationCrop(self.normalization, self.image_size, self.antialias)
         source = self.source(split)
-        return EvaluationView(source, crop, self.ignore_index, self.unlabelled and source.target != "class")
+        unlabelled = self.unlabelled and source.target != "class"
+        return EvaluationView(source, crop, self.ignore_index, unlabelled, self.num_classes)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Batches from ``first_batch`` to ``num_batches``, the length counted from 0; without these an epoch."""

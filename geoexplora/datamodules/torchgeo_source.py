@@ -11,9 +11,10 @@ from geoexplora.bands import Statistics
 from geoexplora.datamodules.tiles import TilesDataModule
 from geoexplora.datasets.statistics import band_statistics
 from geoexplora.datasets.tiles import TileSource
-from geoexplora.datasets.torchgeo_opening import FACTS, find_class, find_splits, open_torchgeo
+from geoexplora.datasets.torchgeo_opening import find_class, find_splits, open_torchgeo
 from geoexplora.datasets.torchgeo_source import TorchGeoTiles
 from geoexplora.errors import DataError
+from geoexplora.torchgeo_facts import FACTS
 from geoexplora.transforms.normalization import Normalization
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,8 @@ class TorchGeoDataModule(TilesDataModule):
     where the class has that split and lists its labels. Nothing is downloaded.
 
     TorchGeo publishes no statistics that fit every dataset, so those of the training images at hand are taken, also
-    where ``reference`` is asked for. The pixel values stay as TorchGeo gives them (So2Sat: in Sentinel-2's units).
+    where ``reference`` is asked for. The pixel values stay as TorchGeo gives them; those of So2Sat and SSL4EO-L are
+    brought to the sensor's units.
 
     Args:
         root: what the dataset's constructor takes as ``root``.

@@ -44,6 +44,7 @@ class TrainView(Dataset[Sample]):
         seed: of the augmentation.
         ignore_index: the value of a mask that is no class.
         unlabelled: leave targets out.
+        num_classes: number of classes; None: as many as the source tells.
     """
 
     def __init__(
@@ -53,12 +54,14 @@ class TrainView(Dataset[Sample]):
         seed: int = 0,
         ignore_index: int | None = None,
         unlabelled: bool = False,
+        num_classes: int | None = None,
     ) -> None:
         self.source = source
         self.crop = crop
         self.seed = seed
         self.ignore_index = ignore_index
         self.unlabelled = unlabelled
+        self.num_classes = num_classes
 
     def __len__(self) -> int:
         """Number of tiles."""
@@ -73,7 +76,9 @@ class TrainView(Dataset[Sample]):
         epoch, index = (0, key) if isinstance(key, int) else key
         tile = self.source.read(index)
         draws = generator(self.seed, epoch, index)
-        target = None if self.unlabelled else check_target(tile, self.source, index, self.ignore_index)
+        target: Target = None
+        if not self.unlabelled:
+            target = check_target(tile, self.source, index, self.ignore_index, self.num_classes)
         sample: Sample
         if isinstance(target, np.ndarray) and self.source.target == "mask":
             image, mask = self.crop.with_mask(tile.image, target, draws)
@@ -95,6 +100,7 @@ class EvaluationView(Dataset[Sample]):
         crop: the evaluation's crop; tiles with masks are taken whole.
         ignore_index: the value of a mask that is no class.
         unlabelled: leave targets out.
+        num_classes: number of classes; None: as many as the source tells.
     """
 
     def __init__(
@@ -103,11 +109,13 @@ class EvaluationView(Dataset[Sample]):
         crop: EvaluationCrop,
         ignore_index: int | None = None,
         unlabelled: bool = False,
+        num_classes: int | None = None,
     ) -> None:
         self.source = source
         self.crop = crop
         self.ignore_index = ignore_index
         self.unlabelled = unlabelled
+        self.num_classes = num_classes
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -139,7 +147,9 @@ class EvaluationView(Dataset[Sample]):
             DataError: if its target is not what the source says; see ``check_target``.
         """
         tile = self.source.read(index)
-        target = None if self.unlabelled else check_target(tile, self.source, index, self.ignore_index)
+        target: Target = None
+        if not self.unlabelled:
+            target = check_target(tile, self.source, index, self.ignore_index, self.num_classes)
         if isinstance(target, np.ndarray) and self.source.target == "mask":
             image, mask = self.crop.with_mask(tile.image, target)
             return {"image": image, **_numbers(tile, index), "mask": mask}

@@ -162,6 +162,10 @@ class FMoWRGB(TileDataset):
         image = jpeg.decode(content, header, window, self.least_side)
         return image if self._keep == [0, 1, 2] else image[self._keep]
 
+    def fingerprint(self) -> bytes:
+        """Files, boxes and crop of the samples: what their pixels depend on."""
+        return super().fingerprint() + self._boxes.tobytes() + f"{self.crop} {self.least_side}".encode()
+
     def _classes(self, named: set[str], samples: Samples) -> tuple[str, ...]:
         classes = fmow_classes(named - {FALSE_DETECTION})
         if classes != OFFICIAL_CLASSES and self.split == "train":  # once for all splits

@@ -101,6 +101,10 @@ class Photographs(NonGeoDataset):
     def note_unreadable(self, index: int) -> None:
         """Never called: what a wheel ships can be read."""
 
+    def fingerprint(self) -> bytes:
+        """The names of the photographs."""
+        return " ".join(NAMES).encode()
+
     def __getitem__(self, index: int) -> Sample:
         """A sample with ``image`` and ``unreadable``."""
         sample: Sample = {

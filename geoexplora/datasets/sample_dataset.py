@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import combinations
@@ -114,6 +115,10 @@ class SampleTiles(NonGeoDataset):
 
     def note_unreadable(self, index: int) -> None:
         """Never called: the bundled scene can be read."""
+
+    def fingerprint(self) -> bytes:
+        """Where the tiles lie, and a digest of the scene."""
+        return self._windows.tobytes() + hashlib.sha256(sample.read_scene().image.tobytes()).digest()
 
     def __getitem__(self, index: int) -> Sample:
         """A sample with ``image`` and ``label`` or ``mask``."""

@@ -17,7 +17,7 @@ from torchgeo.datasets import NonGeoDataset
 from geoexplora.bands import Sensor
 from geoexplora.datasets.fmow_index import OFFICIAL_CLASSES
 from geoexplora.datasets.plot import plot_tile
-from geoexplora.datasets.tiles import TargetKind, Tile, UnreadableTiles
+from geoexplora.datasets.tiles import TargetKind, Tile, UnreadableTiles, file_states
 
 Sample = dict[str, Any]
 
@@ -85,6 +85,10 @@ class TileDataset(NonGeoDataset, ABC):
             DataError: if more distinct tiles than bearable were unreadable.
         """
         self.unreadable.look_again(index, self.load, self.path(index))
+
+    def fingerprint(self) -> bytes:
+        """Sizes and times of the tiles' files: what their pixels depend on."""
+        return file_states(map(self.path, range(len(self))))
 
     def __getitem__(self, index: int) -> Sample:
         """A sample with ``image``, ``label`` and ``unreadable``.

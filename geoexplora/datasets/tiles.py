@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import struct
 import warnings
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -72,6 +73,22 @@ class TileSource(Protocol):
 
     def note_unreadable(self, index: int) -> None:
         """Take note that the tile of that index could not be read."""
+
+    def fingerprint(self) -> bytes:
+        """What the tiles' pixels depend on, so that what was computed from others is not taken for theirs."""
+
+
+def file_states(paths: Iterable[Path]) -> bytes:
+    """Sizes and times of last change (ns) of files in order, -1 for those that are not there; not where they lie."""
+    states = array("q")
+    for path in paths:
+        try:
+            state = path.stat()
+        except OSError:
+            states.extend((-1, -1))
+        else:
+            states.extend((state.st_size, state.st_mtime_ns))
+    return states.tobytes()
 
 
 class UnusableTileError(Exception):

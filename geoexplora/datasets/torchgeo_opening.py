@@ -1,10 +1,9 @@
-"""Which datasets TorchGeo has, what they do not tell by themselves, and how one is opened."""
+"""Which datasets TorchGeo has, and how one is opened."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,55 +11,11 @@ import torchgeo.datasets
 from rasterio.errors import RasterioError
 from torchgeo.datasets import DatasetNotFoundError, DependencyNotFoundError, GeoDataset, NonGeoDataset
 
-from geoexplora.bands import LANDSAT_OLI, RGB, SENTINEL2, Sensor
-from geoexplora.datasets.tiles import TargetKind
 from geoexplora.errors import ConfigError, DataError
+from geoexplora.torchgeo_facts import FACTS
 
 SPLITS = {"train": ("train",), "val": ("val", "validation", "dev"), "test_gt": ("test",)}
 """Names of the splits here, and what TorchGeo's datasets call them."""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a dataset of TorchGeo does not tell by its attributes.
-
-    Attributes:
-        sensor: of the images; channels of other sensors are left out.
-        bands: name of each channel; empty where the dataset tells.
-        arguments: of its constructor.
-        scale: from its pixel values to the sensor's units.
-        target: what its samples say of an image, where they say several things.
-        classes: names of its classes, where TorchGeo's are not in the order of the values.
-        ignore_index: the value of its masks that is no class.
-    """
-
-    sensor: Sensor
-    bands: tuple[str, ...] = ()
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    scale: float = 1.0
-    target: TargetKind | None = None
-    classes: tuple[str, ...] = ()
-    ignore_index: int | None = None
-
-
-_LEVEL_2A = tuple(band for band in SENTINEL2.band_names if band != "B10")
-
-# In the masks, regions without data are 0 and the background 1 (Wang et al. 2021, arXiv 2110.08733, and its data card);
-# TorchGeo names no-data last.
-_LOVEDA = ("no-data", "background", "building", "road", "water", "barren", "forest", "agriculture")
-
-FACTS = {
-    "BigEarthNet": Facts(SENTINEL2, _LEVEL_2A, {"bands": "s2"}),
-    "BigEarthNetV2": Facts(SENTINEL2, _LEVEL_2A, {"bands": "s2"}, target="multilabel"),
-    "CloudCoverDetection": Facts(SENTINEL2),
-    "DL4GAMAlps": Facts(SENTINEL2),
-    "LoveDA": Facts(RGB, classes=_LOVEDA, ignore_index=0),
-    "SSL4EOL": Facts(LANDSAT_OLI, ("B1", "B2", "B3", "B4", "B5", "B6", "B7")),
-    "SeasonalContrastS2": Facts(SENTINEL2, _LEVEL_2A, {"bands": _LEVEL_2A}),
-    "SEN12MS": Facts(SENTINEL2),
-    "So2Sat": Facts(SENTINEL2, scale=10_000),
-}
-"""By the name of the class: what its attributes leave open, or state in another order than its files."""
 
 
 def find_class(name: str) -> type[NonGeoDataset]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import zlib
 from collections.abc import Sequence
@@ -13,11 +14,11 @@ import PIL
 from numpy.typing import NDArray
 from rasterio.errors import RasterioError
 from torch import Tensor
-from torchgeo.datasets import NonGeoDataset
+from torchgeo.datasets import NonGeoClassificationDataset, NonGeoDataset, So2Sat
 
-from geoexplora.bands import RGB, SENSORS, Sensor
-from geoexplora.datasets.tiles import Array, Target, Tile, UnreadableTiles, UnusableTileError
-from geoexplora.datasets.torchgeo_opening import FACTS
+from geoexplora.bands import Sensor
+from geoexplora.datasets.tiles import Array, Target, Tile, UnreadableTiles, UnusableTileError, file_states
+from geoexplora.datasets.torchgeo_channels import Channels
 from geoexplora.datasets.torchgeo_targets import class_names, listed_labels, read_target, target_kind
 from geoexplora.errors import ConfigError, DataError
 
@@ -62,19 +63,17 @@ class TorchGeoTiles:
         if len(dataset) == 0:
             raise DataError(f"TorchGeo's {self.name} has no image", "Check that --root is the right folder.")
         self.unreadable = UnreadableTiles(len(dataset), max_unreadable)
-        facts = FACTS.get(self.name)
-        self._scale = facts.scale if facts else 1.0
         _, sample = self.unreadable.first_readable(0, self._sample, self.path)
-        self._channels = len(sample["image"])
-        self.sensor, channels = name_channels(dataset, self._channels, sensor or (facts.sensor if facts else None))
-        there = [band for band in self.sensor.band_names if band in channels]
+        self._channels = Channels.of(dataset, len(sample["image"]), sensor)
+        self.sensor, there = self._channels.sensor, self._channels.bands
         self.bands = self.sensor.select(there if bands is None else bands)
         gone = [band for band in self.bands if band not in there]
         if gone:
             raise ConfigError(
                 f"TorchGeo's {self.name} has no band {', '.join(gone)}", f"Set --bands to some of: {','.join(there)}."
             )
-        self._keep = [channels.index(band) for band in self.bands]
+        self._keep = self._channels.indices(self.bands)
+        self._rescaling = self._channels.rescaling(self.bands)
 
         names = class_names(dataset)
         self.target = target_kind(dataset, sample, names)
@@ -127,6 +126,19 @@ class TorchGeoTiles:
         """
         self.unreadable.look_again(index, self._load, self.path(index))
 
+    def fingerprint(self) -> bytes:
+        """What the tiles' pixels depend on: sizes and times of their files.
+
+        Class folders and So2Sat tell which these are. For other datasets all files under the root count, and its place.
+        """
+        if isinstance(self.dataset, NonGeoClassificationDataset):
+            return file_states(Path(path) for path, _ in self.dataset.samples)
+        if isinstance(self.dataset, So2Sat):
+            return file_states([Path(self.dataset.fn)])
+        root = Path(getattr(self.dataset, "root", "")).resolve()
+        files = sorted(folder / name for folder, _, names in root.walk(follow_symlinks=True) for name in names)
+        return os.fsencode("\n".join(map(str, [root, *files]))) + file_states(files)
+
     def _load(self, index: int) -> tuple[Array, Target]:
         """The wanted bands of a tile, in the sensor's units, and its target."""
         sample = self._sample(index)
@@ -135,16 +147,14 @@ class TorchGeoTiles:
         return self._image(sample["image"].numpy(), index), target
 
     def _image(self, image: Array, index: int) -> Array:
-        if len(image) != self._channels:
+        if len(image) != len(self._channels.names):
             raise DataError(
-                f"{self.path(index)} has {len(image)} bands, not {self._channels}",
+                f"{self.path(index)} has {len(image)} bands, not {len(self._channels.names)}",
                 "All tiles must hold the same bands in the same order; remove or replace this one.",
             )
-        if self._keep != list(range(self._channels)):
+        if self._keep != list(range(len(image))):
             image = image[self._keep]
-        if self._scale != 1:
-            image = image * image.dtype.type(self._scale)
-        return self._filled(image)
+        return self._filled(image if self._rescaling is None else image * self._rescaling[0] + self._rescaling[1])
 
     def _filled(self, image: Array) -> Array:
         if image.dtype.kind != "f" or (valid := np.isfinite(image)).all():
@@ -189,59 +199,6 @@ class TorchGeoTiles:
             return "it is no image of a known format"
         text = str(getattr(error, "strerror", None) or error.__cause__ or error)
         return text.removeprefix(f"'{self.path(index)}' ").rstrip(".")
-
-
-def name_channels(dataset: NonGeoDataset, count: int, sensor: Sensor | None) -> tuple[Sensor, tuple[str | None, ...]]:
-    """The sensor of a dataset's images, and its name of each channel; None for what is not of this sensor.
-
-    Args:
-        dataset: the dataset.
-        count: number C of channels.
-        sensor: the sensor; None: the only one that has all the bands that the dataset names.
-
-    Raises:
-        ConfigError: if bands have no names, or these fit no sensor or several.
-        DataError: if there are more or fewer names than channels.
-    """
-    name = type(dataset).__name__
-    own = _own_names(dataset)
-    if not own and count == len(RGB.bands) and sensor in {None, RGB}:
-        return RGB, RGB.band_names
-    if not own:
-        raise ConfigError(
-            f"TorchGeo's {name} does not name the {count} bands of its images",
-            "Name a dataset that does, or one of 3 channels, which are taken for red, green and blue.",
-        )
-    if len(own) != count:
-        raise DataError(
-            f"TorchGeo's {name} names {len(own)} bands ({', '.join(own)}), but its images have {count}",
-            "Check that --root holds this dataset, as TorchGeo expects it.",
-        )
-    named = {one: tuple(_canonical(one, band) for band in own) for one in ([sensor] if sensor else SENSORS.values())}
-    fitting = [one for one, bands in named.items() if sensor or None not in bands]
-    if len(fitting) != 1:
-        fit = f"fit {', '.join(one.name for one in fitting)}" if fitting else "are of no known sensor"
-        raise ConfigError(
-            f"the band names of TorchGeo's {name} ({', '.join(own)}) {fit}",
-            f"Name a dataset of one known sensor: {', '.join(SENSORS)}.",
-        )
-    return fitting[0], named[fitting[0]]
-
-
-def _canonical(sensor: Sensor, band: str) -> str | None:
-    try:
-        return sensor.band(band.removeprefix("S2_")).name  # So2Sat's names
-    except ConfigError:
-        return None
-
-
-def _own_names(dataset: NonGeoDataset) -> tuple[str, ...]:
-    facts = FACTS.get(type(dataset).__name__)
-    candidates = [getattr(dataset, name, ()) for name in ("bands", "all_band_names", "all_bands")]
-    for names in [facts.bands if facts else (), *candidates]:
-        if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
-            return tuple(names)
-    return ()
 
 
 def _image_ids(dataset: NonGeoDataset) -> NDArray[np.int64]:

@@ -13,8 +13,8 @@ from torchgeo.datasets import NonGeoDataset, So2Sat
 from torchgeo.datasets.utils import lazy_import
 
 from geoexplora.datasets.tiles import Target, TargetKind
-from geoexplora.datasets.torchgeo_opening import FACTS
 from geoexplora.errors import DataError
+from geoexplora.torchgeo_facts import FACTS
 
 
 def class_names(dataset: NonGeoDataset) -> tuple[str, ...]:

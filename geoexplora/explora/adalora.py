@@ -89,6 +89,12 @@ class RankBudget:
         """Factor of ``orthogonality`` in the loss."""
         return float(self.tuner.peft_config[ADAPTER].orth_reg_weight)
 
+    @property
+    def is_final(self) -> bool:
+        """Whether the budget has fallen to r on average; the ranks then stay."""
+        settings = self.tuner.peft_config[ADAPTER]
+        return bool(self.step >= settings.total_step - settings.tfinal)
+
     def update(self, step: int) -> None:
         """Learn from the gradients, and set the singular values beyond the budget to zero.
 

@@ -60,6 +60,11 @@ class FineTuning:
         """AdaLoRA's current rank of each adapted projection; empty of other methods."""
         return {} if self._budget is None else self._budget.ranks()
 
+    @property
+    def has_final_ranks(self) -> bool:
+        """Whether AdaLoRA's ranks have fallen as far as they will; of other methods always."""
+        return self._budget is None or self._budget.is_final
+
     def state_dict(self) -> dict[str, Any]:
         """What a run goes on from beside the encoder's own tensors: plain numbers, texts and tensors."""
         budget = {} if self._budget is None else {"budget": self._budget.state_dict()}

@@ -12,7 +12,7 @@ from torchgeo.tasks import BaseTask
 from geoexplora.bands import SENSORS
 from geoexplora.errors import ConfigError
 from geoexplora.tasks.torchgeo_data import Batch, BatchAdapter
-from geoexplora.tasks.torchgeo_input import DataInput, data_input
+from geoexplora.tasks.torchgeo_input import DataImages, DataInput
 from geoexplora.transforms.normalization import Normalization
 from geoexplora.weights.files import read_weights
 from geoexplora.weights.spec import EncoderSpec
@@ -66,8 +66,7 @@ class DataTask(BaseTask):
             )
             self.build_models()
         if not self.spec.normalization and datamodule is not None:  # weights that do not tell theirs
-            found = data_input(datamodule, [self.spec.bands])
-            chosen = found.normalization.select(self.spec.bands)
+            chosen = DataImages.of(datamodule, [self.spec.bands]).normalization().select(self.spec.bands)
             self.spec = replace(self.spec, normalization=chosen.to_dict())
         self.adapter = BatchAdapter(
             datamodule,
@@ -100,7 +99,8 @@ class DataTask(BaseTask):
             datamodule: the trainer's.
 
         Raises:
-            ConfigError: if there is no datamodule that tells, or a band is not there.
+            ConfigError: if there is no datamodule that tells, a band is not there, or statistics are needed that the
+                datamodule does not have.
         """
         h = self.hparams
         if datamodule is None:
@@ -109,16 +109,16 @@ class DataTask(BaseTask):
                 "Fit with a datamodule, or set the task's sensor, bands and normalization.",
             )
         source = None if h["init"] is None else read_weights(h["init"]).spec
-        found = data_input(datamodule, h["groups"])
-        if source is not None and source.sensor == found.sensor.name and source.normalization:
+        images = DataImages.of(datamodule, h["groups"])
+        if source is not None and source.sensor == images.sensor.name and source.normalization:
             contract = Normalization.from_dict(source.normalization)
-            wanted = found.sensor.select(h["bands"]) if h["bands"] else found.bands if h["groups"] else contract.bands
+            wanted = images.sensor.select(h["bands"]) if h["bands"] else images.bands if h["groups"] else contract.bands
             if set(wanted) <= set(contract.bands):
-                return DataInput(found.sensor, wanted, contract.select(wanted))
-        bands = found.sensor.select(h["bands"]) if h["bands"] else found.bands
-        absent = [band for band in bands if band not in found.bands]
+                return DataInput(images.sensor, wanted, contract.select(wanted))
+        bands = images.sensor.select(h["bands"]) if h["bands"] else images.bands
+        absent = [band for band in bands if band not in images.bands]
         if absent:
             raise ConfigError(
-                f"the datamodule's images have no band {', '.join(absent)}", f"They have: {', '.join(found.bands)}."
+                f"the datamodule's images have no band {', '.join(absent)}", f"They have: {', '.join(images.bands)}."
             )
-        return DataInput(found.sensor, bands, found.normalization.select(bands))
+        return DataInput(images.sensor, bands, images.normalization().select(bands))

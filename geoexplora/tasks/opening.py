@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from geoexplora.bands import SENSORS
 from geoexplora.datamodules.tiles import TilesDataModule
 from geoexplora.errors import ConfigError
 from geoexplora.registry import find_dataset, load
+from geoexplora.tasks.encoders import fit_encoder
 from geoexplora.tasks.parallel import useful_workers
-from geoexplora.tasks.sources import fit_encoder, is_own_input
 from geoexplora.transforms.normalization import Normalization
 from geoexplora.weights.contract import Allowed
 from geoexplora.weights.files import read_weights
+from geoexplora.weights.source_weights import SourceWeights
 from geoexplora.weights.spec import EncoderSpec
 
 IMAGE_SIZE, PATCH_SIZE, NORMALIZATION = 96, 8, "clip-uint8"
@@ -80,8 +81,8 @@ def open_data(options: Any, target: str | None = None, **settings: Any) -> Tiles
 def open_encoder(options: Any, target: str | None = None) -> OpenedEncoder:
     """The encoder that ``--init`` names, or one of random weights, with the dataset as it takes it.
 
-    The dataset is read in the encoder's own bands, normalization and resizing. Where the options ask for other bands,
-    groups or patches, the encoder is built for these and takes the source's weights as a pre-training does.
+    The dataset is read in the encoder's own bands, normalization and resizing, but for what the options ask for. Where
+    that is another input, the encoder is built for it and takes the source's weights as a pre-training does.
 
     Args:
         options: settings of a command, with ``EncoderOptions`` and ``DataOptions``.
@@ -94,33 +95,7 @@ def open_encoder(options: Any, target: str | None = None) -> OpenedEncoder:
     """
     source = None if options.init is None else read_weights(options.init)
     spec = None if source is None else source.described()
-    if (
-        source is not None
-        and spec is not None
-        and is_own_input(
-            spec,
-            bands=options.bands,
-            groups=options.groups,
-            patch_size=options.patch_size,
-            method=options.normalization,
-        )
-    ):
-        sensor = find_dataset(options.dataset).sensor
-        if sensor is not None:
-            _refuse_other_sensor(spec, options.dataset, sensor)
-        fitted = fit_encoder(source, sensor=spec.sensor, image_size=options.image_size)
-        own = fitted.spec if options.antialias is None else replace(fitted.spec, antialias=options.antialias)
-        datamodule = open_for(options, own, target)
-        _refuse_other_sensor(spec, options.dataset, datamodule.sensor.name)
-        return OpenedEncoder(fitted.encoder, own, datamodule, source.record(), source.sha256)
-    antialias = spec is not None and spec.antialias if options.antialias is None else options.antialias
-    datamodule = open_data(
-        options,
-        target,
-        image_size=options.image_size or (IMAGE_SIZE if spec is None else spec.image_size),
-        normalization=_normalization(options, spec),
-        antialias=antialias,
-    )
+    datamodule = _open_input(options, spec, target)
     fitted = fit_encoder(
         source,
         sensor=datamodule.sensor.name,
@@ -129,27 +104,62 @@ def open_encoder(options: Any, target: str | None = None) -> OpenedEncoder:
         normalization=datamodule.normalization.to_dict(),
         image_size=datamodule.image_size,
         patch_size=options.patch_size or (PATCH_SIZE if spec is None else None),
-        antialias=antialias,
+        antialias=datamodule.antialias,
         model=options.model,
         band_init=options.band_init,
         patch_resize=options.patch_resize,
         allowed=Allowed(options.allow_normalization_mismatch, options.allow_band_mismatch),
         seed=options.seed,
     )
-    parts = [fitted.spec.to_metadata(), options.seed]
-    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     record = None if source is None else source.record()
-    return OpenedEncoder(fitted.encoder, fitted.spec, datamodule, record, digest)
+    return OpenedEncoder(fitted.encoder, fitted.spec, datamodule, record, _digest(source, fitted.spec, options.seed))
 
 
-def _normalization(options: Any, spec: EncoderSpec | None) -> Normalization | str:
-    """The encoder's own where it knows the bands and nothing else is asked for; else a method, with new statistics."""
-    method: str = options.normalization or (NORMALIZATION if spec is None else spec.normalization["method"])
-    known = spec is not None and find_dataset(options.dataset).sensor == spec.sensor
-    if spec is None or not known or options.normalization is not None or options.statistics == "dataset":
-        return method
-    bands = SENSORS[spec.sensor].select(options.bands or spec.bands)
-    return Normalization.from_dict(spec.normalization).select(bands) if set(bands) <= set(spec.bands) else method
+def _digest(source: SourceWeights | None, spec: EncoderSpec, seed: int) -> str:
+    """Of what decides an encoder's weights: the file's bytes, not its name, and the seed only where some are drawn."""
+    header = {name: value for name, value in spec.to_metadata().items() if name != "source"}
+    drawn = source is None or spec.band_init == "random"
+    parts = [None if source is None else source.sha256, header, seed if drawn else None]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _open_input(options: Any, spec: EncoderSpec | None, target: str | None) -> TilesDataModule:
+    """The dataset in the input that the options ask for; what they leave open is the encoder's own."""
+    if spec is None:
+        normalization = options.normalization or NORMALIZATION
+        return open_data(
+            options, target, image_size=options.image_size or IMAGE_SIZE, normalization=normalization,
+            antialias=bool(options.antialias),
+        )  # fmt: skip
+    sensor = find_dataset(options.dataset).sensor  # None: only the opened data tell
+    bands = tuple(options.bands or spec.bands)
+    if sensor is not None:
+        if not options.bands:
+            _refuse_other_sensor(spec, options.dataset, sensor)
+        bands = SENSORS[sensor].select(bands)
+    method = options.normalization or spec.normalization.get("method")
+    if method is None:
+        raise ConfigError(
+            f"{options.init} does not tell with what normalization it was trained",
+            "Name one: --normalization (and --statistics).",
+        )
+
+    def opened(normalization: Normalization | str) -> TilesDataModule:
+        datamodule = open_data(
+            options, target, bands=bands, image_size=options.image_size or spec.image_size,
+            normalization=normalization, antialias=spec.antialias if options.antialias is None else options.antialias,
+        )  # fmt: skip
+        if not options.bands:
+            _refuse_other_sensor(spec, options.dataset, datamodule.sensor.name)
+        return datamodule
+
+    known = options.statistics != "dataset" and method == spec.normalization.get("method")
+    if known and sensor in {None, spec.sensor} and set(bands) <= set(spec.bands):
+        own = Normalization.from_dict(spec.normalization)
+        datamodule = opened(own if bands == spec.bands else own.select(bands))
+        if datamodule.sensor.name == spec.sensor:  # else its bands only have the same names
+            return datamodule
+    return opened(method)
 
 
 def open_for(options: Any, spec: EncoderSpec, target: str | None = None) -> TilesDataModule:

@@ -20,8 +20,9 @@ from torchvision.transforms import v2
 
 from geoexplora.bands import RGB, SENTINEL2, Sensor
 from geoexplora.datamodules.tiles import TilesDataModule
+from geoexplora.datasets.torchgeo_channels import Channels
 from geoexplora.errors import ConfigError, DataError
-from geoexplora.tasks.torchgeo_input import Channels, checked_image
+from geoexplora.tasks.torchgeo_input import channels_of, checked_image, positions
 from geoexplora.transforms.normalization import Normalization
 
 log = logging.getLogger(__name__)
@@ -88,8 +89,9 @@ class BatchAdapter:
                 "Use another datamodule: images would be normalized twice.",
             )
         else:
-            self.channels = Channels.of(datamodule, sensor)
-            self._at = self.channels.indices(normalization.bands)
+            self.channels = channels_of(datamodule, sensor)
+            self._at = positions(self.channels, normalization.bands)
+            self._rescaling = self.channels.rescaling(normalization.bands)
             self._take_normalization_out(datamodule)
 
     def __call__(self, batch: Batch) -> Batch:
@@ -118,7 +120,7 @@ class BatchAdapter:
             )
         sizes = torch.tensor([image.shape[-2:]] * len(image))
         with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
-            raw = image[:, self._at].float() * self.channels.scale
+            raw = self._in_units(image[:, self._at].float())
             self._look(raw)
             normalized = self._resized(self.normalization(self._filled(raw)))
         adapted = {**batch, "image": normalized, "size": sizes}
@@ -133,7 +135,7 @@ class BatchAdapter:
         self._kept = {}
 
     def _take_normalization_out(self, datamodule: BaseDataModule) -> None:
-        full_scale = _FULL_SCALE.get(self.sensor.name, 1.0) / (self.channels.scale if self.channels else 1.0)
+        full_scale = _FULL_SCALE.get(self.sensor.name, 1.0) / (min(self.channels.scale) if self.channels else 1.0)
         for name in AUGMENTATIONS:
             augmentation = getattr(datamodule, name)
             if isinstance(augmentation, nn.Module):
@@ -145,6 +147,13 @@ class BatchAdapter:
                     type(datamodule).__name__,
                     name,
                 )
+
+    def _in_units(self, image: Tensor) -> Tensor:
+        """The task's bands in the sensor's units."""
+        if self._rescaling is None:
+            return image
+        scale, offset = (torch.from_numpy(values).to(image.device) for values in self._rescaling)
+        return image * scale + offset
 
     def _filled(self, raw: Tensor) -> Tensor:
         """NaN and infinite pixels hold the band's mean."""

@@ -114,6 +114,17 @@ def test_bad_targets_name_the_file(
     assert unlabelled[7].keys() == {"image", "index", "unreadable"}
 
 
+@pytest.mark.parametrize("told", [0, 3, 8])
+def test_a_number_of_classes_that_is_settled(told: int) -> None:
+    """It goes before what the source says, and stands in where the source says nothing."""
+    source = OneTile("mask", mask(0, 255, 7), told)
+    assert check_target(source.tile, source, 0, 255, 8) is source.tile.target
+    train = TrainView(source, TrainCrop(torch.clone, 8), ignore_index=255, num_classes=7)
+    for view in (train, EvaluationView(source, EvaluationCrop(torch.clone, 8), 255, num_classes=7)):
+        with pytest.raises(DataError, match=r"tile_4\.tif has the value 7 in its mask, which is none of the 7 classes"):
+            view[4]
+
+
 @pytest.mark.parametrize(("kind", "target", "count", "ignore"), GOOD)
 def test_samples(kind: TargetKind, target: Target, count: int, ignore: int | None) -> None:
     source = OneTile(kind, target, count)
@@ -200,7 +211,10 @@ def test_a_value_of_a_mask_that_is_no_class(tmp_path: Path) -> None:
     datamodule = TorchGeoDataModule(root, name="LoveDA", image_size=16, batch_size=TRAIN)
     with pytest.raises(DataError, match="has the value 255 in its mask, which is none of the 8 classes 0 to 7"):
         one_batch(datamodule)
-    datamodule.ignore_index = 255
+    datamodule.num_classes = 256
+    assert (one_batch(datamodule)["mask"] == 255).all()
+    assert (datamodule.eval_dataset("val")[0]["mask"] == 255).all()
+    datamodule.ignore_index, datamodule.num_classes = 255, None
     assert (one_batch(datamodule)["mask"] == 255).all()
     assert (datamodule.eval_dataset("val")[0]["mask"] == 255).all()
     datamodule.ignore_index, datamodule.unlabelled = None, True

@@ -13,14 +13,15 @@ import torch
 import torchgeo.datasets
 from PIL import Image
 from torch import Tensor
-from torchgeo.datasets import NonGeoDataset
+from torchgeo.datasets import SSL4EOL, BigEarthNet, NonGeoDataset
 
-from geoexplora.bands import LANDSAT_OLI, RGB, SENSORS, SENTINEL1, SENTINEL2
+from geoexplora.bands import LANDSAT_ETM, LANDSAT_OLI, LANDSAT_TM, RGB, SENSORS, SENTINEL1, SENTINEL2, Sensor
 from geoexplora.datasets import torchgeo_opening
-from geoexplora.datasets.torchgeo_opening import FACTS, find_class, find_splits, open_torchgeo
+from geoexplora.datasets.torchgeo_opening import find_class, find_splits, open_torchgeo
 from geoexplora.datasets.torchgeo_source import TorchGeoTiles
 from geoexplora.errors import ConfigError, DataError
-from geoexplora.registry import TORCHGEO_SENSORS, find_dataset, torchgeo_names
+from geoexplora.registry import find_dataset, torchgeo_names
+from geoexplora.torchgeo_facts import FACTS
 
 from .torchgeo_trees import (
     CLASSES,
@@ -30,9 +31,11 @@ from .torchgeo_trees import (
     files,
     photograph,
     spectrum,
+    write_bigearthnet,
     write_eurosat,
     write_geotiff,
     write_resisc45,
+    write_ssl4eo_l,
     write_ucmerced,
 )
 
@@ -129,18 +132,79 @@ def test_sensor_follows_from_the_names(names: tuple[str, ...], sensor: Any, give
 
 
 def test_facts_agree_with_torchgeo() -> None:
-    assert set(FACTS) | set(TORCHGEO_SENSORS) <= set(torchgeo_names())
-    for name in set(FACTS) | set(TORCHGEO_SENSORS):
-        assert issubclass(find_class(name), NonGeoDataset)
-    for name in set(FACTS) & set(TORCHGEO_SENSORS):
-        assert FACTS[name].sensor.name == TORCHGEO_SENSORS[name]
+    assert set(FACTS) <= set(torchgeo_names())
     for name, facts in FACTS.items():
-        assert facts.sensor.select(facts.bands or facts.sensor.band_names)
-        assert name not in TORCHGEO_SENSORS or not facts.bands
-    landsat = torchgeo.datasets.SSL4EOL.metadata["oli_sr"]["all_bands"]
-    assert FACTS["SSL4EOL"].bands == landsat
-    assert FACTS["SeasonalContrastS2"].bands == torchgeo.datasets.SeasonalContrastS2.all_bands
-    assert set(TORCHGEO_SENSORS.values()) <= set(SENSORS)
+        assert issubclass(find_class(name), NonGeoDataset)
+        assert not (facts.all_bands and facts.bands)
+        for images in (facts, *facts.variants.values()):
+            assert images.sensor in SENSORS.values()
+            assert {len(images.scale), len(images.offset)} <= {1, len(images.bands)}
+    assert FACTS["SeasonalContrastS2"].arguments["bands"] == torchgeo.datasets.SeasonalContrastS2.all_bands
+
+
+@pytest.mark.parametrize(
+    ("split", "sensor", "white"),
+    [
+        ("tm_toa", LANDSAT_TM, 0.4),
+        ("etm_toa", LANDSAT_ETM, 0.4),
+        ("etm_sr", LANDSAT_ETM, 0.3),
+        ("oli_tirs_toa", LANDSAT_OLI, 0.4),
+        ("oli_sr", LANDSAT_OLI, 0.3),
+    ],
+)
+def test_each_split_of_ssl4eo_l_is_of_its_own_sensor(tmp_path: Path, split: Any, sensor: Sensor, white: float) -> None:
+    tiles = TorchGeoTiles(SSL4EOL(write_ssl4eo_l(tmp_path, split), split))
+    told = SSL4EOL.metadata[split]
+    assert tiles.sensor == sensor
+    assert tuple(band.partition("_")[0] for band in tiles.bands) == told["all_bands"]
+    assert [tiles.bands[at] for at in told["rgb_bands"]] == list(sensor.select(("red", "green", "blue")))
+    for position, band in enumerate(tiles.bands):
+        level = 20 * (position + 1) / 255  # of 8 bits; from -25 to 45 degrees Celsius where it is thermal
+        expected = 248.15 + 70 * level if sensor.band(band).common_name.startswith("lwir") else white * level
+        np.testing.assert_allclose(tiles.read(1).image[position], expected, rtol=1e-6)
+
+
+def test_polarizations_of_bigearthnet_in_the_order_of_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BigEarthNet, "image_size", (12, 12))
+    root = write_bigearthnet(tmp_path)
+    radar = TorchGeoTiles(BigEarthNet(root, bands="s1", checksum=False))
+    assert (radar.sensor, radar.bands) == (SENTINEL1, ("VV", "VH"))
+    both = BigEarthNet(root, bands="all", checksum=False)
+    for tiles in (radar, TorchGeoTiles(both, sensor=SENTINEL1)):
+        assert tiles.read(0).image[:, 5, 5].tolist() == [-10, -20]
+    optical = TorchGeoTiles(both)
+    assert optical.sensor == SENTINEL2
+    assert (optical.read(0).image.mean((1, 2)) // 1000).tolist() == list(range(1, 13))
+    fake = type("BigEarthNetV2", (InMemory,), {})
+    assert TorchGeoTiles(fake(images(1, 2), bands="s1"), ("VH",)).sensor == SENTINEL1
+
+
+@pytest.mark.parametrize(
+    ("name", "bands", "sensor"),
+    [
+        ("SEN12MS", ("VV", "VH"), SENTINEL1),
+        ("SSL4EOS12", ("VV", "VH"), SENTINEL1),
+        ("SEN12MS", ("VH", "B02"), SENTINEL2),
+        ("SeasonalContrastS2", ("B4", "B3", "B2"), SENTINEL2),
+    ],
+)
+def test_a_part_of_a_known_dataset(name: str, bands: tuple[str, ...], sensor: Sensor) -> None:
+    dataset = type(name, (InMemory,), {})(images(1, len(bands)), bands=bands)
+    tiles = TorchGeoTiles(dataset)
+    assert tiles.sensor == sensor
+    assert {f"B0{band[1:]}" if name == "SEN12MS" and band[0] == "B" else band for band in tiles.bands} <= set(bands)
+
+
+def test_so2sat_has_its_radar_first_whatever_order_is_asked_for() -> None:
+    So2Sat = type("So2Sat", (InMemory,), {})
+    parts = {"s1_band_names": ["S1_B1"], "s2_band_names": ["S2_B04", "S2_B02"]}
+    dataset = So2Sat(images(1, 3), bands=("S2_B04", "S1_B1", "S2_B02"), **parts)
+    tiles = TorchGeoTiles(dataset, ("B2", "B4"))
+    np.testing.assert_allclose(tiles.read(0).image, 10_000 * dataset[0]["image"].numpy()[[2, 1]], rtol=1e-6)
+    with pytest.raises(ConfigError, match="are of no known sensor"):
+        TorchGeoTiles(So2Sat(images(1, 1), bands=("S1_B1",)))
 
 
 def test_reflectances_of_so2sat_come_in_the_sensors_units() -> None:

@@ -15,10 +15,11 @@ from torch import Tensor
 from torchgeo.datasets import BigEarthNet, NonGeoDataset, So2Sat
 
 from geoexplora.bands import SENTINEL2
-from geoexplora.datasets.torchgeo_opening import FACTS, find_class, open_torchgeo
+from geoexplora.datasets.torchgeo_opening import find_class, open_torchgeo
 from geoexplora.datasets.torchgeo_source import TorchGeoTiles
 from geoexplora.datasets.torchgeo_targets import class_names, target_kind
 from geoexplora.errors import DataError
+from geoexplora.torchgeo_facts import FACTS
 
 from .torchgeo_trees import (
     CLASSES,

@@ -10,7 +10,7 @@ import numpy as np
 import rasterio
 from numpy.typing import NDArray
 from PIL import Image
-from torchgeo.datasets import SSL4EOS12, BigEarthNet, So2Sat
+from torchgeo.datasets import SSL4EOL, SSL4EOS12, BigEarthNet, So2Sat
 
 EUROSAT_ON_DISK = ("B1", "B2", "B3", "B4", "B5", "B6", "B7", "B8", "B9", "B10", "B11", "B12", "B8A")
 CLASSES = ("Forest", "River")
@@ -97,7 +97,7 @@ def write_so2sat(root: Path) -> Path:
 def write_bigearthnet(root: Path) -> Path:
     """Folders of 12 bands of 12, 6 or 2 pixels and a JSON file with land cover by CORINE's 43 names.
 
-    Band number n holds 1000 n to 1000 n + 500.
+    Band number n holds 1000 n to 1000 n + 500. Beside them Sentinel-1's, of one value each: VV -10, VH -20.
     """
     rng = np.random.default_rng(0)
     images = root / BigEarthNet.metadata["s2"]["directory"]
@@ -113,8 +113,23 @@ def write_bigearthnet(root: Path) -> Path:
                 write_geotiff(images / name / f"{name}_{padded}.tif", level.astype(np.uint16))
             labels = rng.choice(BigEarthNet.class_sets[43], 3, replace=False).tolist()
             (images / name / f"{name}_labels_metadata.json").write_text(json.dumps({"labels": labels}))
+            radar = root / BigEarthNet.metadata["s1"]["directory"] / f"S1_{name}"
+            radar.mkdir(parents=True)
+            for band, level in (("VV", -10), ("VH", -20)):
+                write_geotiff(radar / f"{radar.name}_{band}.tif", np.full((1, 12, 12), level, np.float32))
+            (radar / f"{radar.name}_labels_metadata.json").write_text(json.dumps({"labels": labels}))
         lines = "".join(f"{name},S1_{name}\n" for name in names)
         (root / BigEarthNet.splits_metadata[split]["filename"]).write_text(lines)
+    return root
+
+
+def write_ssl4eo_l(root: Path, split: str) -> Path:
+    """Three places of one season in 8 bits: channel n, counted from 1, holds 20 n."""
+    levels = 20 * np.arange(1, len(SSL4EOL.metadata[split]["all_bands"]) + 1)
+    for place in range(3):
+        folder = root / f"ssl4eo_l_{split}" / f"{place:07}" / "L_20200101"
+        folder.mkdir(parents=True)
+        write_geotiff(folder / "all_bands.tif", np.tile(levels[:, None, None], (1, 4, 4)).astype(np.uint8))
     return root
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -129,6 +130,52 @@ def write_made_up(
     return root
 
 
+def write_all_kinds(root: Path) -> dict[tuple[str, Kind], Path]:
+    """A dataset of each kind of target by each sensor."""
+    return {(sensor, kind): write_made_up(root / sensor / kind, kind, sensor) for sensor in BANDS for kind in TASKS}
+
+
+def dataset_of(sensor: str) -> str:
+    """The name of the made-up dataset of a sensor."""
+    return "made-up-rgb" if sensor == "rgb" else "made-up"
+
+
 def finetune(dataset: str, root: Path, output: Path, *more: object) -> Outcome:
     """A tiny fine-tuning."""
     return run_command("finetune", "--dataset", dataset, "--root", root, "--output", output, *FINE, *more)
+
+
+def refuse(
+    output: Path,
+    init: Path,
+    *words: object,
+    root: Path,
+    contains: Sequence[str],
+    dataset: str = "made-up",
+    begun: bool = False,
+) -> str:
+    """Fine-tune, expecting exit status 2 and one message with a remedy; no folder unless training had begun.
+
+    Args:
+        output: the run folder; removed afterwards.
+        init: the encoder, unless the words name another or none.
+        words: of the command line.
+        root: of the dataset.
+        contains: what the message is to hold.
+        dataset: its name.
+        begun: whether training may have begun.
+
+    Returns:
+        The message.
+    """
+    source = () if {"--init", "--model"} & set(words) else ("--init", init)
+    got = finetune(dataset, root, output, *source, *words)
+    assert got.status == 2, got.err
+    assert "Traceback" not in got.err
+    message = got.err[got.err.index("geoexplora finetune: ") :]
+    for text in contains:
+        assert text in message
+    assert len(message.splitlines()) > 1 or ". " in message or "must be" in message, "a remedy follows"
+    assert begun or not output.exists()
+    shutil.rmtree(output, ignore_errors=True)
+    return message

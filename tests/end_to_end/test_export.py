@@ -15,6 +15,8 @@ from geoexplora.weights.source_weights import sha256
 from geoexplora.weights.spec import EncoderSpec
 from geoexplora.weights.write import save_encoder
 
+from .finetuning_helpers import FINE
+
 RGB_NAME = "plain_vit_pico.s16_p4_c3"
 GROUP_NAME = "group_channel_vit_pico.s16_p8_g0-1-2-6_g3-4-5-7_g8-9"
 LINES = {
@@ -106,6 +108,32 @@ def test_an_adapter_and_its_base(geoexplora, photo_run, explora_run, tmp_path):
     assert merged.keys() == wanted.keys()
     for name, value in wanted.items():
         torch.testing.assert_close(merged[name], value, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [16, 24])
+def test_an_adapter_of_fine_tuning_and_its_base(geoexplora, photo_run, explora_run, tmp_path, size):
+    """Its base is the run that it was trained on, not what that run was trained from."""
+    run, path = tmp_path / "run", tmp_path / "a.safetensors"
+    words = ("--dataset", "sample", "--tile-size", "32", "--image-size", size, "--method", "lora", *FINE)
+    got = geoexplora("finetune", "--init", explora_run, *words, "--max-steps", "2", "--output", run)
+    assert got.status == 0, got.err
+    words = ("export", run / "adapter", "--format", "safetensors", "--output", path)
+    digest = sha256(explora_run / "encoder.safetensors")
+    for base in ((), ("--base", photo_run)):
+        got = geoexplora(*words, *base)
+        assert got.status == 2
+        assert digest in got.err
+    got = geoexplora(*words, "--base", explora_run)
+    assert got.status == 0, got.err
+    merged, wanted, before = map(load_file, (path, *(a / "encoder.safetensors" for a in (run, explora_run))))
+    assert merged.keys() == wanted.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(merged[name], value, rtol=0, atol=1e-6)
+    name = "blocks.0.attn.qkv.weight"
+    assert not torch.allclose(merged[name], before[name], atol=1e-3)
+    source = json.loads(geoexplora("inspect", run, "--json").out)["weights"]["encoder"]["source"]
+    assert source["sha256"] == digest
+    assert read_weights(path).described() == read_weights(run).described()
 
 
 def test_others_files(geoexplora, tmp_path, features):

@@ -62,7 +62,7 @@ def killed_when(process: Any, ready: Callable[[], bool], seconds: float = 60.0) 
     return running
 
 
-@pytest.mark.parametrize("method", ["lora", "adalora", "full"])
+@pytest.mark.parametrize("method", ["linear", "lora", "adalora", "full"])
 def test_killed_after_a_checkpoint(
     start: Any, root: Path, explora_run: Path, tmp_path: Path, comparable: Any, method: str
 ) -> None:

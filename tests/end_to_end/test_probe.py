@@ -14,6 +14,8 @@ import pytest
 
 from geoexplora.tasks.probe import store
 
+from ..datasets.torchgeo_trees import write_so2sat
+
 ESTIMATE = r"(\d\.\d{4})(?: ± (\d\.\d{4}))?"
 LINE = re.compile(rf"^(all|\d+ a class) +(knn k=\d+|linear|logistic) +{ESTIMATE} +{ESTIMATE}(?: +(.+))?$")
 QUICK = (
@@ -166,6 +168,29 @@ def test_unlabelled_and_unsplit_data(probe, explora_run, unlabelled_tree, geoexp
     assert "photographs has no labels" in got.err
 
 
+def test_data_without_locations(geoexplora, tmp_path):
+    """TorchGeo tells no locations: that is said before features are computed, with a remedy that helps."""
+    words = (
+        "probe", "--model", "vit_pico", "--image-size", "16", "--dataset", "torchgeo:So2Sat",
+        "--root", write_so2sat(tmp_path), *QUICK, "--k", "1",
+    )  # fmt: skip
+    got = geoexplora(*words, "--holdout", "location")
+    assert got.status == 2
+    assert "all labelled images of torchgeo:So2Sat lie at one location, or it does not tell" in got.err
+    assert "Use --holdout split --test-split val." in got.err
+    assert "features of" not in got.err
+    assert geoexplora(*words, "--holdout", "split", "--test-split", "val").status == 0
+
+
+def test_training_samples_of_one_class(probe, explora_run, own_tree):
+    lines = (own_tree / "train.csv").read_text().splitlines(keepends=True)
+    (own_tree / "train.csv").write_text("".join(lines[:1] + [line for line in lines if ",water," in line]))
+    got = probe(explora_run, root=own_tree)
+    assert got.status == 2
+    assert "all training samples are of one class, water" in got.err
+    assert "features of" not in got.err
+
+
 def test_a_class_without_training_samples_is_named(probe, explora_run, own_tree):
     lines = (own_tree / "train.csv").read_text().splitlines(keepends=True)
     (own_tree / "train.csv").write_text("".join(line for line in lines if ",water," not in line))
@@ -195,6 +220,15 @@ def test_encoders_that_do_not_fit(probe, explora_run, photo_run):
         assert got.status == 2
         assert text in got.err
         assert got.out == ""
+
+
+def test_seeds_that_change_nothing(probe, explora_run):
+    text = "warning: --repeats 3 changes nothing here: only the linear probe and --few-shot depend on seeds."
+    got = probe(explora_run, "--repeats", "3", "--classifiers", "knn,logistic")
+    assert got.status == 0
+    assert text in got.err
+    assert text not in probe(explora_run, "--repeats", "3", "--classifiers", "knn", "--few-shot", "2").err
+    assert text not in probe(explora_run, "--repeats", "3", "--classifiers", "linear").err
 
 
 def test_settings_out_of_range(geoexplora, fmow_tree):

@@ -18,7 +18,7 @@ from torchgeo.tasks import MAE
 from geoexplora.bands import FMOW_SENTINEL_BANDS, FMOW_SENTINEL_STATISTICS, SENTINEL2
 from geoexplora.cli.recipe_files import recipe_file, recipe_names
 from geoexplora.errors import ConfigError
-from geoexplora.tasks import ExPLoRAClassification, ExPLoRAMAE, ExPLoRAPretrain
+from geoexplora.tasks import ExPLoRAClassification, ExPLoRAMAE, ExPLoRAPretrain, ExPLoRASegmentation
 from geoexplora.weights.files import read_weights
 from geoexplora.weights.load import build_encoder, load_encoder
 from geoexplora.weights.spec import EncoderSpec
@@ -260,6 +260,36 @@ def test_torchgeo_test_of_a_fine_tuned_encoder(
     run(config, tmp_path, "--ckpt_path", str(checkpoint), command="test")
     task = ExPLoRAClassification.load_from_checkpoint(checkpoint, map_location="cpu")
     assert task.spec.bands == FMOW_SENTINEL_BANDS
+
+
+@pytest.mark.parametrize(
+    ("name", "task_class"), [("finetune-eurosat", ExPLoRAClassification), ("finetune-loveda", ExPLoRASegmentation)]
+)
+def test_adalora_plans_its_ranks_over_the_trainers_steps(
+    roots: dict[str, Path], weights: dict[str, Path], tmp_path: Path, name: str, task_class: Any
+) -> None:
+    """The model waits for the length of the training; its checkpoint does not."""
+    config = small(f"torchgeo/{name}", roots, weights, tmp_path)
+    config["model"]["init_args"] |= {"method": "adalora", "rank": 2}
+    run(config, tmp_path)
+    checkpoint = next(tmp_path.rglob("*.ckpt"))
+    task = task_class.load_from_checkpoint(checkpoint, map_location="cpu")
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert task.hparams["total_steps"] == 1
+    assert any(".lora_E." in key for key in saved)
+    assert all(value.equal(saved[key]) for key, value in task.state_dict().items())
+
+
+def test_classes_that_the_task_does_not_have(roots: dict[str, Path], weights: dict[str, Path], tmp_path: Path) -> None:
+    config = small("torchgeo/finetune-eurosat", roots, weights, tmp_path)
+    del config["model"]["init_args"]["num_classes"]
+    with pytest.raises(ValueError, match="two classes or more, but num_classes is None"):  # jsonargparse's, of ours
+        run(config, tmp_path)
+    config = small("torchgeo/finetune-loveda", roots, weights, tmp_path)
+    config["model"]["init_args"]["num_classes"] = 3
+    config["trainer"]["num_sanity_val_steps"] = 0
+    with pytest.raises(ConfigError, match=r"a mask holds \d, which is none of the 3 classes 0 to 2\nSet num_classes"):
+        run(config, tmp_path)
 
 
 def mae(**settings: Any) -> ExPLoRAMAE:

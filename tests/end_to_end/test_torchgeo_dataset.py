@@ -19,9 +19,9 @@ from torchgeo.datasets import SSL4EOS12
 
 from geoexplora.bands import LANDSAT_OLI
 from geoexplora.cli.recipe_files import recipe_file
-from geoexplora.datasets.torchgeo_opening import FACTS, Facts
-from geoexplora.registry import DATASETS, TORCHGEO_SENSORS, find_dataset
+from geoexplora.registry import DATASETS, find_dataset
 from geoexplora.runs.metrics import read_metrics
+from geoexplora.torchgeo_facts import FACTS, Facts
 from geoexplora.weights.files import read_weights
 from geoexplora.weights.load import load_encoder
 
@@ -155,7 +155,7 @@ def test_bad_settings(
 def test_bands_of_a_sensor_that_only_the_data_tell(
     geoexplora: Run, eurosat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: tuple[str, ...], message: str
 ) -> None:
-    monkeypatch.delitem(TORCHGEO_SENSORS, "EuroSAT")
+    monkeypatch.delitem(FACTS, "EuroSAT")
     got = geoexplora(*words("EuroSAT", eurosat, tmp_path / "run", *more))
     assert got.status == 2, got.err
     assert message in got.err
@@ -291,7 +291,6 @@ def test_an_encoder_of_another_sensor(
     got = geoexplora(*words("EuroSAT", eurosat, tmp_path / "run", "--bands", "B2,B3,B4", "--max-steps", "1"))
     assert got.status == 0, got.err
     # Landsat's band names would fit, though they mean other wavelengths; only the opened data tell the sensor here.
-    monkeypatch.delitem(TORCHGEO_SENSORS, "EuroSAT")
     monkeypatch.setitem(FACTS, "EuroSAT", Facts(LANDSAT_OLI, (*LANDSAT_OLI.band_names, "B12", "B13")))
     got = geoexplora(*probe, tmp_path / "run")
     assert got.status == 2

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from sklearn.utils.class_weight import compute_class_weight
 
+from geoexplora.datamodules.torchgeo_source import TorchGeoDataModule
 from geoexplora.datasets.tiles import Tile
 from geoexplora.errors import ConfigError, DataError
+from geoexplora.tasks import labelled_data
 from geoexplora.tasks.labelled_data import look_at_labels
+
+from ..datasets.torchgeo_trees import write_loveda
 
 CLASSES = ("field", "lake", "town")
 
@@ -35,15 +43,20 @@ class Source:
         return f"tile_{index}.tif"
 
 
-def datamodule_of(kind: Any, targets: Any, listed: bool = False, val: bool = True, classes: Any = CLASSES) -> Any:
-    source = Source(kind, np.asarray(targets), listed)
+def datamodule_of(
+    kind: Any, targets: Any, listed: bool = False, classes: Any = CLASSES, ignore: int | None = None, **splits: Any
+) -> Any:
+    """Val and test are as train unless they are given; None: there is no such split."""
+    given = {"train": targets, "val": targets, "test": targets} | splits
+    sources = {split: Source(kind, np.asarray(held), listed) for split, held in given.items() if held is not None}
     return SimpleNamespace(
         target=kind,
         classes=() if kind == "value" else classes,
-        ignore_index=None,
-        source=lambda split: source,
-        eval_dataset=lambda split: source,
-        has_split=lambda split: split == "train" or val,
+        num_classes=None,
+        ignore_index=ignore,
+        source=lambda split: sources[split],
+        eval_dataset=lambda split: sources[split],
+        has_split=lambda split: split in sources,
     )
 
 
@@ -128,4 +141,145 @@ def test_another_kind_of_target(task: str) -> None:
 
 def test_no_validation_split() -> None:
     with pytest.raises(DataError, match="no labelled split val"):
-        look_at_labels(options(), datamodule_of("class", [0, 1], True, val=False))
+        look_at_labels(options(), datamodule_of("class", [0, 1], True, val=None))
+
+
+def masks_of(*values: int) -> NDArray[np.int64]:
+    """A mask of each value."""
+    return np.tile(np.array(values)[:, None, None], (1, 4, 4))
+
+
+@pytest.fixture
+def sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only four of the images are looked at: of twelve the numbers 0, 3, 7 and 11."""
+    monkeypatch.setattr(labelled_data, "MOST", 4)
+    monkeypatch.setattr(labelled_data, "FEW", 4)
+
+
+TWELVE = [0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 2]
+
+
+@pytest.mark.usefixtures("sampled")
+def test_balanced_weights_of_a_sample(caplog: pytest.LogCaptureFixture) -> None:
+    """What a sample lacks may be there: it must not weigh nothing."""
+    found = look_at_labels(options(class_weights="balanced"), datamodule_of("class", TWELVE))
+    np.testing.assert_allclose(found.class_weights, [4 / (2 * 3), 4 / 2, 4 / 2])
+    assert "no training images of lake in the 4 images looked at" in caplog.text
+    assert "get the weight of the rarest one, 2" in caplog.text
+    wanted = options(task="segmentation", class_weights="balanced")
+    masks = masks_of(*TWELVE)
+    found = look_at_labels(wanted, datamodule_of("mask", masks, ignore=1))
+    np.testing.assert_allclose(found.class_weights, [4 / (2 * 3), 0, 4 / 2])
+    found = look_at_labels(wanted, datamodule_of("mask", np.full_like(masks, 255), ignore=255))
+    assert found.class_weights == (1, 1, 1), "nothing is known of any class"
+
+
+@pytest.mark.usefixtures("sampled")
+def test_a_class_that_a_sample_lacks(caplog: pytest.LogCaptureFixture) -> None:
+    look_at_labels(options(task="segmentation"), datamodule_of("mask", masks_of(*TWELVE)))
+    assert "no training pixels of lake in the 4 images looked at" in caplog.text
+    assert "cannot be learned" not in caplog.text
+
+
+def test_an_ignored_class_is_not_missed(caplog: pytest.LogCaptureFixture) -> None:
+    look_at_labels(options(task="segmentation"), datamodule_of("mask", masks_of(0, 1, 2), ignore=0))
+    assert not caplog.text
+    look_at_labels(options(task="segmentation"), datamodule_of("mask", masks_of(0, 2, 2, 0), ignore=1))
+    assert not caplog.text
+
+
+def test_several_labels(caplog: pytest.LogCaptureFixture) -> None:
+    wanted = options(task="multilabel")
+    look_at_labels(wanted, datamodule_of("multilabel", [[1, 0, 1], [0, 1, 1]]))
+    assert not caplog.text, "one that all have beside others that only some have is no reason to stop"
+    look_at_labels(wanted, datamodule_of("multilabel", [[1, 0, 1], [0, 0, 1]]))
+    assert "no training images of lake: it cannot be learned" in caplog.text
+    for same, told in (([1, 0, 1], "field, town"), ([0, 0, 0], "none")):
+        with pytest.raises(DataError, match=f"all training images have the same labels: {told}"):
+            look_at_labels(wanted, datamodule_of("multilabel", [same, same]))
+    look_at_labels(wanted, datamodule_of("multilabel", [[1, 0, 1], [0, 1, 0]], val=[[0, 1, 0], [0, 1, 0]]))
+    assert "all validation images have the same labels: lake: their scores say little" in caplog.text
+
+
+@pytest.mark.usefixtures("sampled")
+def test_several_labels_of_a_sample(caplog: pytest.LogCaptureFixture) -> None:
+    labels = np.zeros((12, 3), dtype=np.int64)
+    labels[0, 0] = labels[5, 1] = labels[11, 2] = 1
+    look_at_labels(options(task="multilabel"), datamodule_of("multilabel", labels))
+    assert "no training images of lake in the 4 images looked at" in caplog.text
+    look_at_labels(options(task="multilabel"), datamodule_of("multilabel", np.roll(labels, 5, axis=0)))
+    assert "all training images of the 4 images looked at have the same labels: none" in caplog.text
+
+
+def test_validation_masks_of_nothing_but_the_ignored_value() -> None:
+    data = datamodule_of("mask", masks_of(0, 1), ignore=255, val=masks_of(255, 255))
+    with pytest.raises(DataError, match="all validation pixels are of no class, only of the ignored value") as problem:
+        look_at_labels(options(task="segmentation"), data)
+    assert "--ignore-index" in str(problem.value)
+
+
+@pytest.mark.usefixtures("sampled")
+def test_a_sample_of_validation_masks(caplog: pytest.LogCaptureFixture) -> None:
+    data = datamodule_of("mask", masks_of(0, 1), ignore=255, val=masks_of(*[255] * 5, 0, *[255] * 6))
+    look_at_labels(options(task="segmentation"), data)
+    assert "all validation pixels of the 4 images looked at are of no class" in caplog.text
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+@pytest.mark.parametrize("value", [3, 255])
+def test_masks_without_names_of_classes(split: str, value: int) -> None:
+    masks = masks_of(0, 1, 2, value)
+    data = datamodule_of("mask", masks_of(0, 1, 2), classes=(), **{split: masks})
+    for split_of in ("train", "val", "test"):
+        data.source(split_of).classes = ()
+    with pytest.raises(DataError, match=rf"tile_3\.tif has the value {value} in its mask, which is none of the 3"):
+        look_at_labels(options(task="segmentation", num_classes=3), data)
+    data.ignore_index = value
+    assert look_at_labels(options(task="segmentation", num_classes=3), data).classes[2] == "class 2"
+
+
+def test_the_test_split_is_looked_at() -> None:
+    assert look_at_labels(options(), datamodule_of("class", [0, 1], True)).tested_on == "test"
+    assert look_at_labels(options(), datamodule_of("class", [0, 1], True, test=None)).tested_on == "val"
+    for listed in (True, False):
+        with pytest.raises(DataError, match=r"tile_1\.tif has the label 9"):
+            look_at_labels(options(), datamodule_of("class", [0, 1], listed, test=[0, 9]))
+    values = options(task="regression")
+    assert look_at_labels(values, datamodule_of("value", [1.0, 2.0])).tested_on == "test"
+    with pytest.raises(DataError, match=r"tile_1\.tif has the value nan"):
+        look_at_labels(values, datamodule_of("value", [1.0, 2.0], test=[0.0, np.nan]))
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_split_with_other_targets(split: str) -> None:
+    data = datamodule_of("class", [0, 1])
+    data.source(split).target = "value"
+    with pytest.raises(DataError, match=f"the split {split} of data has a value for each image"):
+        look_at_labels(options(), data)
+
+
+def test_no_labels_to_validate_by() -> None:
+    data = datamodule_of("class", [0, 1])
+    data.source("val").target = "none"
+    with pytest.raises(DataError, match="the split val of data has no labels"):
+        look_at_labels(options(), data)
+
+
+def test_a_test_split_that_is_not_there_or_broken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root, wanted = write_loveda(tmp_path / "loveda"), options(task="segmentation", dataset="loveda")
+
+    def look() -> str:
+        data = TorchGeoDataModule(root, name="LoveDA", normalization="standardize", image_size=16)
+        return look_at_labels(wanted, data).tested_on
+
+    with caplog.at_level(logging.INFO, "geoexplora"):
+        assert look() == "val"
+    assert "the test split has no labels" in caplog.text
+    for path in (root / "Test").rglob("*.png"):
+        path.write_bytes(b"broken")
+    with pytest.raises(DataError, match="cannot be read"):
+        look()
+    shutil.rmtree(root / "Test")
+    assert look() == "val"
+    assert "finds no LoveDA" in caplog.text
+    assert "(split test): the best weights will be tested on the val split" in caplog.text

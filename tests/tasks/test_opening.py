@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
 import torch
 
-from geoexplora.errors import ConfigError
+from geoexplora.bands import FMOW_SENTINEL_STATISTICS, IMAGENET_STATISTICS
+from geoexplora.datasets.statistics import band_statistics
+from geoexplora.errors import ConfigError, WeightsError
+from geoexplora.registry import DATASETS
 from geoexplora.tasks.opening import open_encoder
+from geoexplora.transforms.normalization import Normalization
+from geoexplora.weights.files import read_weights
 from geoexplora.weights.load import build_encoder
 from geoexplora.weights.spec import EncoderSpec
 from geoexplora.weights.write import save_encoder
+
+from ..datasets.torchgeo_trees import write_resisc45
 
 BANDS = ("B2", "B3", "B4", "B8")
 NORMALIZATION = {"method": "standardize", "bands": list(BANDS), "mean": [1.0, 2.0, 3.0, 4.0], "std": [5.0] * 4}
@@ -77,3 +87,162 @@ def test_a_target_that_the_dataset_lacks() -> None:
     given = {"model": "vit_pico", "bands": BANDS, "image_size": 16, "patch_size": 8}
     with pytest.raises(ConfigError, match="sample has no targets of the kind value"):
         open_encoder(options(**given), "value")
+
+
+# Another input than the encoder's own: what is not asked for stays.
+
+
+@pytest.fixture
+def grouped(tmp_path: Any) -> Any:
+    spec = EncoderSpec.of(
+        "vit_pico", image_size=16, patch_size=8, sensor="sentinel-2", bands=BANDS, groups=(BANDS[:2], BANDS[2:]),
+        normalization=NORMALIZATION, source={"name": "mae.pth", "sha256": "1", "format": "meta-mae"},
+        band_init="rgb-by-name", patch_resize="pseudo-inverse",
+    )  # fmt: skip
+    save_encoder(tmp_path / "grouped.safetensors", build_encoder(spec).state_dict(), spec)
+    return tmp_path / "grouped.safetensors"
+
+
+def test_another_patch_size(grouped: Any) -> None:
+    opened = open_encoder(options(init=grouped, patch_size=4), "class")
+    assert (opened.spec.bands, opened.spec.groups) == (BANDS, (BANDS[:2], BANDS[2:]))
+    assert opened.datamodule.bands == BANDS
+    assert opened.datamodule.normalization.to_dict() == opened.spec.normalization == NORMALIZATION
+    assert (opened.spec.patch_size, opened.spec.patch_resize, opened.spec.band_init) == (4, "pseudo-inverse", None)
+
+
+def test_another_normalization(grouped: Any) -> None:
+    with pytest.raises(WeightsError, match=r"method standardize, now clip-uint8.*\n.*--allow-normalization-mismatch"):
+        open_encoder(options(init=grouped, normalization="clip-uint8"), "class")
+    allowed = options(init=grouped, normalization="clip-uint8", allow_normalization_mismatch=True)
+    opened = open_encoder(allowed, "class")
+    assert (opened.spec.bands, opened.spec.groups) == (BANDS, (BANDS[:2], BANDS[2:]))
+    published = FMOW_SENTINEL_STATISTICS.select(BANDS).normalization("clip-uint8")
+    assert opened.datamodule.normalization.to_dict() == opened.spec.normalization == published
+
+
+def test_the_method_by_its_name_is_the_encoders_own(grouped: Any) -> None:
+    opened = open_encoder(options(init=grouped, normalization="standardize"), "class")
+    assert opened.datamodule.normalization.to_dict() == NORMALIZATION
+
+
+def test_statistics_of_the_training_tiles(source: Any) -> None:
+    with pytest.raises(WeightsError, match=r"mean of B2 1, now .*\n.*--allow-normalization-mismatch"):
+        open_encoder(options(init=source[0], statistics="dataset"), "class")
+    allowed = options(init=source[0], statistics="dataset", allow_normalization_mismatch=True)
+    opened = open_encoder(allowed, "class")
+    found = band_statistics(opened.datamodule.source("train"), BANDS)
+    assert opened.datamodule.normalization == Normalization.from_statistics("standardize", found)
+    assert opened.spec.normalization == opened.datamodule.normalization.to_dict()
+    assert opened.encoder.patch_embed.proj.weight.equal(source[1].patch_embed.proj.weight)
+
+
+def test_statistics_of_the_training_images_for_published_weights(tmp_path: Any) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=16, patch_size=4, num_classes=0)
+    torch.save({"model": model.state_dict()}, tmp_path / "mae.pth")
+    given = {"init": tmp_path / "mae.pth", "dataset": "resisc45", "root": write_resisc45(tmp_path / "data")}
+    own, other = (open_encoder(options(**given, statistics=name), "class") for name in ("reference", "dataset"))
+    assert own.datamodule.normalization.to_dict() == IMAGENET_STATISTICS.normalization("standardize")
+    found = band_statistics(other.datamodule.source("train"), ("R", "G", "B"))
+    assert other.datamodule.normalization == Normalization.from_statistics("standardize", found)
+    assert other.spec.normalization == other.datamodule.normalization.to_dict()
+    weights = other.encoder.state_dict()
+    assert all(value.equal(weights[name]) for name, value in own.encoder.state_dict().items())
+    assert own.sha256 != other.sha256
+
+
+@pytest.fixture(params=["known", "told by the opened data"])
+def known_sensor(request: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the sensor of the sample is known before it is opened."""
+    if request.param != "known":
+        monkeypatch.setitem(DATASETS, "sample", replace(DATASETS["sample"], sensor=None))
+
+
+@pytest.mark.usefixtures("known_sensor")
+def test_fewer_bands_keep_the_statistics_of_the_weights(source: Any) -> None:
+    opened = open_encoder(options(init=source[0], bands=("B4", "B2"), allow_band_mismatch=True), "class")
+    assert opened.spec.bands == ("B4", "B2")
+    assert opened.datamodule.normalization == Normalization("standardize", ("B4", "B2"), (3.0, 1.0), (5.0, 5.0))
+    assert opened.spec.band_init is None
+
+
+def landsat(tmp_path: Any) -> Any:
+    bands = ("B4", "B3", "B2")
+    spec = EncoderSpec.of(
+        "vit_pico", image_size=16, patch_size=8, sensor="landsat-oli", bands=bands,
+        normalization={"method": "standardize", "bands": list(bands), "mean": [0.1] * 3, "std": [0.1] * 3},
+    )  # fmt: skip
+    save_encoder(tmp_path / "landsat.safetensors", build_encoder(spec).state_dict(), spec)
+    return tmp_path / "landsat.safetensors"
+
+
+@pytest.mark.usefixtures("known_sensor")
+@pytest.mark.parametrize(
+    "asked",
+    [{}, {"patch_size": 4}, {"normalization": "clip-uint8"}, {"statistics": "dataset"}, {"image_size": 32}],
+    ids=lambda asked: "-".join(asked) or "nothing",
+)
+def test_another_sensor_is_refused(tmp_path: Any, asked: Any) -> None:
+    """Whatever else is asked for; the bands' names would fit."""
+    with pytest.raises(ConfigError, match="the encoder was trained on landsat-oli, sample is sentinel-2"):
+        open_encoder(options(init=landsat(tmp_path), **asked), "class")
+
+
+@pytest.mark.usefixtures("known_sensor")
+def test_bands_of_another_sensor_by_name(tmp_path: Any) -> None:
+    """Bands of the same names are others, with statistics of their own."""
+    bands = ("B4", "B3", "B2")
+    opened = open_encoder(options(init=landsat(tmp_path), bands=bands), "class")
+    assert (opened.spec.sensor, opened.spec.bands, opened.spec.band_init) == ("sentinel-2", bands, "rgb-by-name")
+    published = FMOW_SENTINEL_STATISTICS.select(bands).normalization("standardize")
+    assert opened.datamodule.normalization.to_dict() == opened.spec.normalization == published
+
+
+def test_weights_that_do_not_tell_their_normalization(tmp_path: Any) -> None:
+    spec = EncoderSpec.of(
+        "vit_pico", image_size=16, patch_size=8, sensor="sentinel-2", bands=BANDS, normalization={}
+    )  # fmt: skip
+    save_encoder(tmp_path / "a.safetensors", build_encoder(spec).state_dict(), spec)
+    for more in ({}, {"bands": ("B2", "B3")}):
+        with pytest.raises(ConfigError, match=r"does not tell with what normalization .*\n.*--normalization"):
+            open_encoder(options(init=tmp_path / "a.safetensors", **more), "class")
+    opened = open_encoder(options(init=tmp_path / "a.safetensors", normalization="clip-float"), "class")
+    assert opened.spec.normalization == opened.datamodule.normalization.to_dict()
+    assert opened.spec.bands == BANDS
+
+
+# Where the weights come from
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_the_source_is_the_file_itself(grouped: Any, size: int) -> None:
+    """Not what the file was once trained from: what is trained next comes on top of this file."""
+    opened = open_encoder(options(init=grouped, image_size=size), "class")
+    assert opened.spec.source == opened.record == read_weights(grouped).record()
+    assert (opened.spec.band_init, opened.spec.patch_resize) == (None, None)
+
+
+def test_the_digest_tells_weights_and_input(source: Any, grouped: Any, tmp_path: Any) -> None:
+    """And neither the file's name nor a seed that draws nothing."""
+    path, encoder = source
+    (tmp_path / "again").mkdir()
+    shutil.copy(path, tmp_path / "again" / "other.safetensors")
+    spec = read_weights(path).described()
+    save_encoder(tmp_path / "changed.safetensors", {k: v + 1 for k, v in encoder.state_dict().items()}, spec)
+
+    def digest(**given: Any) -> str:
+        return open_encoder(options(**{"init": path} | given), "class").sha256
+
+    same = {digest(), digest(seed=1), digest(init=tmp_path / "again" / "other.safetensors")}
+    bands = {
+        "bands": ("B2", "B3", "B4", "B8", "B11"),
+        "allow_band_mismatch": True,
+        "allow_normalization_mismatch": True,
+    }
+    others = [
+        digest(init=tmp_path / "changed.safetensors"), digest(init=grouped), digest(patch_size=4),
+        digest(patch_size=4, patch_resize="bilinear"), digest(**bands), digest(**bands, band_init="random"),
+        digest(**bands, band_init="random", seed=1),
+    ]  # fmt: skip
+    assert len(same) == 1
+    assert len({*same, *others}) == 1 + len(others)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import rasterio
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchgeo.datamodules import (
@@ -23,26 +23,35 @@ from torchgeo.datamodules import (
     NonGeoDataModule,
     RESISC45DataModule,
     So2SatDataModule,
+    SSL4EOLDataModule,
     SSL4EOS12DataModule,
     TreeSatAIDataModule,
     UCMercedDataModule,
 )
 from torchgeo.datamodules.eurosat import MEAN, STD
 from torchgeo.datasets import BigEarthNet
+from torchgeo.models import ViTSmall16_Weights
 
 from geoexplora.bands import (
     FMOW_SENTINEL_BANDS,
     FMOW_SENTINEL_GROUPS,
     FMOW_SENTINEL_STATISTICS,
     IMAGENET_STATISTICS,
+    LANDSAT_TM,
     RGB,
+    SENTINEL1,
     SENTINEL2,
 )
 from geoexplora.datamodules.torchgeo_source import TorchGeoDataModule
 from geoexplora.errors import ConfigError, DataError
+from geoexplora.tasks.pretrain.mae import ExPLoRAPretrain
 from geoexplora.tasks.torchgeo_data import BatchAdapter, RawAugmentation
-from geoexplora.tasks.torchgeo_input import data_input
+from geoexplora.tasks.torchgeo_input import DataImages
 from geoexplora.transforms.normalization import METHODS, Normalization
+from geoexplora.weights.load import build_encoder
+from geoexplora.weights.sources.libraries import torchgeo_hints
+from geoexplora.weights.spec import EncoderSpec
+from geoexplora.weights.write import save_encoder
 
 from ..datasets.torchgeo_trees import (
     EUROSAT_ON_DISK,
@@ -52,6 +61,7 @@ from ..datasets.torchgeo_trees import (
     write_loveda,
     write_resisc45,
     write_so2sat,
+    write_ssl4eo_l,
     write_ssl4eo_s12,
     write_ucmerced,
 )
@@ -202,7 +212,7 @@ def test_of_our_datamodule_a_batch_is_returned_as_it_is(eurosat: Path) -> None:
     adapter = BatchAdapter(datamodule, SENTINEL2, datamodule.normalization, image_size=32)
     batch = {"image": torch.rand(2, 13, 16, 16)}
     assert adapter(batch) is batch
-    assert data_input(datamodule).normalization == datamodule.normalization
+    assert DataImages.of(datamodule).normalization() == datamodule.normalization
 
 
 @pytest.mark.parametrize(
@@ -225,28 +235,28 @@ def test_missing_band_is_named(eurosat: Path) -> None:
     with pytest.raises(ConfigError, match=r"EuroSAT has no band B8A, B11\n.*It has: B2, B3, B4"):
         BatchAdapter(datamodule, SENTINEL2, sentinel(("B2", "B8A", "B11")), image_size=32)
     with pytest.raises(ConfigError, match="has no band B5, B6, B7, B8, B8A, B11, B12"):
-        data_input(datamodule, FMOW_SENTINEL_GROUPS)
+        DataImages.of(datamodule, FMOW_SENTINEL_GROUPS)
 
 
 def test_what_the_datamodule_says_of_itself_goes_by_name(eurosat: Path) -> None:
-    found = data_input(opened(EuroSATDataModule(batch_size=1, root=eurosat)))
+    found = DataImages.of(opened(EuroSATDataModule(batch_size=1, root=eurosat)))
     assert (found.sensor, found.bands) == (SENTINEL2, SENTINEL2.band_names), "in the sensor's order, not the disk's"
     at = found.bands.index("B8A")
-    assert (found.normalization.mean[at], found.normalization.std[at]) == pytest.approx((MEAN["B8A"], STD["B8A"]))
-    grouped = data_input(opened(EuroSATDataModule(batch_size=1, root=eurosat)), FMOW_SENTINEL_GROUPS)
+    assert (found.normalization().mean[at], found.normalization().std[at]) == pytest.approx((MEAN["B8A"], STD["B8A"]))
+    grouped = DataImages.of(opened(EuroSATDataModule(batch_size=1, root=eurosat)), FMOW_SENTINEL_GROUPS)
     assert grouped.bands == FMOW_SENTINEL_BANDS
-    assert grouped.normalization.mean[-1] == pytest.approx(MEAN["B12"])
+    assert grouped.normalization().mean[-1] == pytest.approx(MEAN["B12"])
 
 
 def test_so2sat_comes_in_the_sensors_units(tmp_path: Path) -> None:
     root = write_so2sat(tmp_path)
     everything = opened(So2SatDataModule(batch_size=2, root=root, checksum=False))
     with pytest.raises(ConfigError, match="has no statistics of its own"):
-        data_input(everything)
+        DataImages.of(everything).normalization()
     datamodule = opened(So2SatDataModule(batch_size=2, root=root, checksum=False, band_set="s2"))
-    found = data_input(datamodule)
+    found = DataImages.of(datamodule)
     assert found.bands == tuple(band for band in SENTINEL2.band_names if band not in {"B1", "B9", "B10"})
-    assert 500 < found.normalization.mean[0] < 2500, "reflectance x 10000, as blue is"
+    assert 500 < found.normalization().mean[0] < 2500, "reflectance x 10000, as blue is"
     for one in (everything, datamodule):
         adapter = BatchAdapter(one, SENTINEL2, sentinel(("B2", "B12"), "standardize"), image_size=None)
         image = adapter(handed_over(one, [one.train_dataset[0]]))["image"]
@@ -257,33 +267,83 @@ def test_so2sat_comes_in_the_sensors_units(tmp_path: Path) -> None:
 def test_bigearthnet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BigEarthNet, "image_size", (12, 12))
     datamodule = opened(BigEarthNetDataModule(batch_size=1, root=write_bigearthnet(tmp_path), bands="s2"))
-    found = data_input(datamodule)
+    found = DataImages.of(datamodule)
     assert "B10" not in found.bands
     assert len(found.bands) == 12
-    assert found.normalization.std[0] == 9858.0, "TorchGeo's minimum and range"
+    assert found.normalization().std[0] == 9858.0, "TorchGeo's minimum and range"
     adapter = BatchAdapter(datamodule, SENTINEL2, sentinel(("B8A", "B2"), "standardize"), image_size=24)
     image = adapter(handed_over(datamodule, [datamodule.train_dataset[0]]))["image"]
     assert image.shape == (1, 2, 24, 24)
     assert (adapter.normalization.inverse(image)[0].mean((1, 2)) // 1000).tolist() == [9, 2]
 
 
+def test_radar_of_bigearthnet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BigEarthNet, "image_size", (12, 12))
+    root = write_bigearthnet(tmp_path)
+    radar = opened(BigEarthNetDataModule(batch_size=1, root=root, bands="s1"))
+    found = DataImages.of(radar)
+    assert (found.sensor, found.bands) == (SENTINEL1, ("VV", "VH"))
+    assert found.normalization().mean == (-42.0, -48.0), "TorchGeo's by position: the weaker VH is the first"
+    both = opened(BigEarthNetDataModule(batch_size=1, root=root))
+    assert DataImages.of(both).bands == tuple(band for band in SENTINEL2.band_names if band != "B10")
+    raw = Normalization("standardize", ("VV", "VH"), (0.0, 0.0), (1.0, 1.0))
+    for datamodule in (radar, both):
+        adapter = BatchAdapter(datamodule, SENTINEL1, raw, image_size=None)
+        image = adapter(handed_over(datamodule, [datamodule.train_dataset[0]]))["image"]
+        assert image[0, :, 5, 5].tolist() == [-10, -20]
+
+
+def test_ssl4eo_l_of_another_sensor_than_the_usual(tmp_path: Path) -> None:
+    root = write_ssl4eo_l(tmp_path, "tm_toa")
+    datamodule = opened(SSL4EOLDataModule(batch_size=1, root=root, split="tm_toa"))
+    found = DataImages.of(datamodule)
+    assert (found.sensor, found.bands) == (LANDSAT_TM, LANDSAT_TM.band_names)
+    assert found.normalization().mean == pytest.approx((0, 0, 0, 0, 0, 248.15, 0)), "0 and 255 of 8 bits"
+    assert found.normalization().std == pytest.approx((0.4, 0.4, 0.4, 0.4, 0.4, 70, 0.4))
+    contract = torchgeo_hints(ViTSmall16_Weights.LANDSAT_TM_TOA_MOCO).normalization
+    adapter = BatchAdapter(datamodule, LANDSAT_TM, Normalization.from_dict(contract), image_size=None)
+    image = adapter(handed_over(datamodule, [datamodule.dataset[0]]))["image"][0, :, 0, 0] * 255
+    # The weights' own transforms divide 8 bits by 255; truncation may cost one level.
+    torch.testing.assert_close(image, 20 * torch.arange(1.0, 8.0), atol=1.01, rtol=0)
+
+
+def test_statistics_are_needed_only_without_weights_that_tell_theirs(tmp_path: Path) -> None:
+    contract = sentinel()
+    spec = EncoderSpec.of(
+        "vit_pico", image_size=8, patch_size=4, sensor="sentinel-2", bands=FMOW_SENTINEL_BANDS,
+        normalization=contract.to_dict(),
+    )  # fmt: skip
+    save_encoder(tmp_path / "own.safetensors", build_encoder(spec).state_dict(), spec)
+    settings = {"model": "vit_pico", "image_size": 8, "patch_size": 4, "rank": 2}
+    settings |= {"decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
+    datamodule = So2SatDataModule(batch_size=2, root=write_so2sat(tmp_path), checksum=False)
+    task = ExPLoRAPretrain(init=str(tmp_path / "own.safetensors"), **settings)
+    trainer = Trainer(accelerator="cpu", devices=1, logger=False, fast_dev_run=True, enable_model_summary=False)
+    trainer.fit(task, datamodule)
+    assert Normalization.from_dict(task.hparams["normalization"]) == contract
+    with pytest.raises(ConfigError, match="has no statistics of its own"):
+        ExPLoRAPretrain(**settings).resolve_input(datamodule)
+
+
 def test_ssl4eo_s12(tmp_path: Path) -> None:
     root = write_ssl4eo_s12(tmp_path)
     datamodule = opened(SSL4EOS12DataModule(batch_size=1, root=root, split="s2c", seasons=1))
-    found = data_input(datamodule)
+    found = DataImages.of(datamodule)
     assert found.bands == SENTINEL2.band_names
-    assert set(found.normalization.std) == {10_000.0}
+    assert set(found.normalization().std) == {10_000.0}
     adapter = BatchAdapter(datamodule, SENTINEL2, sentinel(("B12", "B8A"), "standardize"), image_size=None)
     image = adapter(handed_over(datamodule, [datamodule.dataset[0]]))["image"]
     assert (adapter.normalization.inverse(image)[0].mean((1, 2)) / 1000).round().tolist() == [13, 9]
     two = opened(SSL4EOS12DataModule(batch_size=1, root=root, split="s2c", seasons=2))
     with pytest.raises(DataError, match="its images have 26"):
-        data_input(two)
+        DataImages.of(two)
 
 
 def test_rgb_by_its_three_channels(tmp_path: Path) -> None:
     datamodule = opened(UCMercedDataModule(batch_size=1, root=write_ucmerced(tmp_path)))
-    assert data_input(datamodule).normalization == Normalization("standardize", ("R", "G", "B"), (0,) * 3, (255,) * 3)
+    assert DataImages.of(datamodule).normalization() == Normalization(
+        "standardize", ("R", "G", "B"), (0,) * 3, (255,) * 3
+    )
     with pytest.raises(ConfigError, match="does not name the 3 bands"):
         BatchAdapter(datamodule, SENTINEL2, sentinel(), image_size=32)
 
@@ -348,7 +408,7 @@ def test_no_datamodule_known_here(caplog: pytest.LogCaptureFixture) -> None:
         assert BatchAdapter(datamodule, RGB, IMAGENET, image_size=8)(batch) is batch
     assert caplog.text.count("taken as normalized already") == 2
     with pytest.raises(ConfigError, match="LightningDataModule does not tell its bands"):
-        data_input(LightningDataModule())
+        DataImages.of(LightningDataModule())
 
 
 def test_functions_that_may_normalize_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
@@ -370,18 +430,18 @@ def test_statistics_of_another_number_of_bands() -> None:
     datamodule = opened(ConstantDataModule())
     datamodule.mean = torch.zeros(2)
     with pytest.raises(ConfigError, match="has a mean of 2 bands for images of 3"):
-        data_input(datamodule)
+        DataImages.of(datamodule).normalization()
 
 
 def test_bands_of_several_sensors_are_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(Constant, "all_band_names")
     with pytest.raises(ConfigError, match="fit sentinel-2, landsat-tm"):
-        data_input(opened(ConstantDataModule()))
+        DataImages.of(opened(ConstantDataModule()))
 
 
 def test_not_set_up() -> None:
     with pytest.raises(ConfigError, match="has no dataset after setup"):
-        data_input(ConstantDataModule())
+        DataImages.of(ConstantDataModule())
 
 
 def test_trees_hold_what_is_assumed_of_them(eurosat: Path) -> None:

@@ -10,14 +10,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torchgeo.tasks import ClassificationMixin, RegressionMixin
+from torchgeo.tasks import RegressionMixin
 
+from geoexplora.errors import ConfigError
 from geoexplora.models.classifier import PooledClassifier, Pooling
+from geoexplora.tasks.finetune.class_task import ClassTask
 from geoexplora.tasks.finetune.task import FineTuneTask
 from geoexplora.transforms.mixing import BatchMixing
 
 
-class ExPLoRAClassification(ClassificationMixin, FineTuneTask):
+class ExPLoRAClassification(ClassTask):
     """Fine-tune an encoder to classify images, with the words and metrics of TorchGeo's ``Classification``.
 
     Batches hold ``image`` (B, C, S, S), normalized, and ``label``, (B,) class indices or (B, K) of 0-1.
@@ -39,7 +41,6 @@ class ExPLoRAClassification(ClassificationMixin, FineTuneTask):
     """
 
     monitor = "val_OverallAccuracy"
-    on_train_epoch_end = FineTuneTask.on_train_epoch_end
 
     def __init__(
         self,
@@ -62,28 +63,36 @@ class ExPLoRAClassification(ClassificationMixin, FineTuneTask):
         if task == "multilabel":
             self.monitor = "val_OverallF1Score"
 
-    @property
-    def is_multilabel(self) -> bool:
-        """Whether an image has any number of labels."""
-        return bool(self.hparams["task"] == "multilabel")
+    def setup(self, stage: str) -> None:
+        """Compare the number of classes with the datamodule's, then as in ``DataTask``.
+
+        Raises:
+            ConfigError: if the data have more classes, or do not give what the task takes.
+        """
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        dataset = getattr(datamodule, "train_dataset", None)
+        known = getattr(datamodule, "classes", None) or getattr(dataset, "classes", None) or ()
+        if len(known) > self.count:
+            raise ConfigError(
+                f"{self.count_name} is {self.count}, but the data have {len(known)} classes",
+                f"Set {self.count_name} to {len(known)}.",
+            )
+        super().setup(stage)
 
     def build_model(self, encoder: Any) -> PooledClassifier:
         """A linear head on pooled tokens."""
         h = self.hparams
-        count: int = h["num_labels"] if self.is_multilabel else h["num_classes"]
-        self.mix = BatchMixing(count, h["mixup"], h["cutmix"])
-        return PooledClassifier(encoder, count, self.pool)
+        self.mix = BatchMixing(self.count, h["mixup"], h["cutmix"])
+        return PooledClassifier(encoder, self.count, self.pool)
 
     def configure_losses(self) -> None:
-        """TorchGeo's, with the smoothing of labels."""
+        """TorchGeo's, chosen by the kind of labels."""
         h = self.hparams
         h["loss"] = h["loss"] or ("bce" if self.is_multilabel else "ce")
         if h["pos_weight"] is not None:
             h["pos_weight"] = torch.tensor(h["pos_weight"])
         super().configure_losses()
         h["pos_weight"] = None if h["pos_weight"] is None else h["pos_weight"].tolist()
-        if isinstance(self.criterion, torch.nn.CrossEntropyLoss):
-            self.criterion.label_smoothing = h["label_smoothing"]
 
     def augment(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Random erasing, then mixup or cutmix."""

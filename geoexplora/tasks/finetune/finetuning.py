@@ -26,7 +26,7 @@ from geoexplora.tasks.finetune.evaluation import Evaluation, evaluate
 from geoexplora.tasks.finetune.exports import export_model
 from geoexplora.tasks.finetune.pictures import draw_predictions
 from geoexplora.tasks.finetune.task import FineTuneTask
-from geoexplora.tasks.finetune.validation import Validation, load_best
+from geoexplora.tasks.finetune.validation import Validation, best_weights, load_best
 from geoexplora.tasks.health import sample_names
 from geoexplora.tasks.labelled_data import KINDS, look_at_labels
 from geoexplora.tasks.opening import open_encoder, open_for
@@ -89,7 +89,7 @@ def finetune(options: Any) -> dict[str, float]:
             task.load_state_dict(saved["state_dict"])
         if not _has_stopped(saved, validation):
             fit(trainer, failure, task, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
-        return _finish(options, folder, task, datamodule) if leads else {}
+        return _finish(options, folder, task, datamodule, labels.tested_on) if leads else {}
     finally:
         if leads:
             folder.close()
@@ -126,11 +126,12 @@ def _validation(
             f"--monitor {monitor} is no metric of --task {options.task}",
             f"Its metrics are: {', '.join(names)}.",
         )
-    falls = monitor == "val_loss" or options.task == "regression"
     every = options.eval_every or max(1, round(schedule.steps_per_epoch))
+    mode = "min" if monitor.endswith("loss") else task.mode
     return Validation(
-        datamodule, metrics, folder.best_file, every, monitor, "min" if falls else "max", options.patience, StepClock()
-    )
+        datamodule, metrics, folder.best_file, every, monitor, mode, options.patience, StepClock(),
+        schedule.steps_per_epoch,
+    )  # fmt: skip
 
 
 def _trainer(
@@ -153,10 +154,18 @@ def _trainer(
         check_finite(task.model)
         metrics.sync()
 
+    exported = 0  # step of the best weights that lie in the run folder
+
     def on_saved(trainer: Trainer, saved: LightningModule) -> None:
-        if validation.best_score is None or validation.best_step == trainer.global_step:
-            export_model(folder, task, options.task, trainer.global_step)
-        _update(folder, trainer.global_step, validation.monitor)
+        nonlocal exported
+        step = trainer.global_step
+        if validation.best_score is None or validation.best_step == step:
+            export_model(folder, task, options.task, step)
+        elif validation.best_step != exported:
+            with best_weights(folder.best_file, task) as best:
+                export_model(folder, task, options.task, best)
+        exported = validation.best_step
+        _update(folder, step, validation.monitor)
         clock.go_on()
 
     callbacks.append(RunCheckpoint(folder, options.checkpoint_every, before_save=before_save, on_saved=on_saved))
@@ -177,11 +186,12 @@ def _update(folder: RunFolder, step: int, monitor: str) -> None:
     plot_loss(folder.metrics_file, folder.loss_plot, probe=monitor)
 
 
-def _finish(options: Any, folder: RunFolder, task: FineTuneTask, datamodule: TilesDataModule) -> dict[str, float]:
+def _finish(
+    options: Any, folder: RunFolder, task: FineTuneTask, datamodule: TilesDataModule, split: str
+) -> dict[str, float]:
     """Take the best weights, test them, and bring the run folder up to date."""
     step = load_best(folder.best_file, task)
     export_model(folder, task, options.task, step)
-    split = "test" if _has_test(datamodule) else "val"
     device = torch.device("cuda" if options.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     task.to(device)
     log.info("best weights, of step %d, on the %s split ...", step, split)
@@ -194,15 +204,6 @@ def _finish(options: Any, folder: RunFolder, task: FineTuneTask, datamodule: Til
     draw_predictions(folder, task, datamodule, split, found)
     log.info("run folder: %s", folder.path)
     return {name: value for name, value in scores.items() if "Classwise" not in name}
-
-
-def _has_test(datamodule: TilesDataModule) -> bool:
-    if not datamodule.has_split("test"):
-        return False
-    if datamodule.source("test").target == "none":
-        log.info("the test split has no labels: the best weights are tested on the val split")
-        return False
-    return True
 
 
 def _write_predictions(

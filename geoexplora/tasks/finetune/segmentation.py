@@ -8,22 +8,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
-from torchgeo.tasks import ClassificationMixin
 
 from geoexplora.errors import ConfigError, DataError
 from geoexplora.models.segmentation import SegmentationModel
-from geoexplora.tasks.finetune.task import FineTuneTask
+from geoexplora.tasks.finetune.class_task import ClassTask
 
 
-class ExPLoRASegmentation(ClassificationMixin, FineTuneTask):
+class ExPLoRASegmentation(ClassTask):
     """Fine-tune an encoder to segment images, with the words and metrics of TorchGeo's ``SemanticSegmentation``.
 
     Batches hold ``image`` (B, C, S, S), normalized, and ``mask`` (B, S, S), class indices.
 
     Args:
         num_classes: K.
+        task: ``multiclass``; TorchGeo's word, which has no other meaning here.
+        num_labels: TorchGeo's; of no use with ``multiclass``.
         labels: names of the classes.
         head: see ``SegmentationModel``.
         levels: 1-based numbers of the blocks whose features the head takes; None: from the depth.
@@ -38,12 +38,13 @@ class ExPLoRASegmentation(ClassificationMixin, FineTuneTask):
 
     target_key = "mask"
     monitor = "val_AverageJaccardIndex"
-    on_train_epoch_end = FineTuneTask.on_train_epoch_end
 
     def __init__(
         self,
         *,
         num_classes: int,
+        task: Literal["multiclass"] = "multiclass",
+        num_labels: int | None = None,
         labels: list[str] | None = None,
         head: Literal["linear", "upernet", "dpt"] = "upernet",
         levels: Sequence[int] | None = None,
@@ -56,12 +57,12 @@ class ExPLoRASegmentation(ClassificationMixin, FineTuneTask):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.labelled = False
+        self._labelled: Tensor | bool = False
+        self._whole_epoch = False
 
     def build_model(self, encoder: Any) -> nn.Module:
-        """The segmentation model; ``task`` and ``num_labels`` are what TorchGeo's mixin reads."""
+        """The segmentation model."""
         h = self.hparams
-        h.update({"task": "multiclass", "num_labels": None})
         model = SegmentationModel(
             encoder, h["num_classes"], head=h["head"], levels=h["levels"], group_features=h["group_features"],
             width=h["width"],
@@ -73,36 +74,42 @@ class ExPLoRASegmentation(ClassificationMixin, FineTuneTask):
             )
         return model
 
-    def configure_losses(self) -> None:
-        """TorchGeo's, with the smoothing of labels."""
-        super().configure_losses()
-        if isinstance(self.criterion, torch.nn.CrossEntropyLoss):
-            self.criterion.label_smoothing = self.hparams["label_smoothing"]
-
     def compare(self, output: Tensor, target: Tensor) -> Tensor:
-        """The loss; 0 where no pixel of the batch has a label, which would be NaN."""
-        ignored = self.hparams["ignore_index"]
-        if ignored is not None and bool((target == ignored).all()):
-            return output.sum() * 0.0
-        self.labelled |= self.training
-        if self.hparams["loss"] == "jaccard" and ignored is not None:  # smp's counts all pixels, of the whole batch
+        """The loss; 0 where no pixel of the batch has a label."""
+        ignored, loss = self.hparams["ignore_index"], self.hparams["loss"]
+        if ignored is not None and loss in {"focal", "jaccard"}:  # these pick the labelled pixels: none would be NaN
             counted = target != ignored
-            output, target = output.permute(1, 0, 2, 3)[:, counted][None, :, :, None], target[counted][None, :, None]
+            if not bool(counted.any()):
+                return output.sum() * 0.0
+            if loss == "jaccard":  # smp's counts all pixels, of the whole batch
+                output = output.permute(1, 0, 2, 3)[:, counted][None, :, :, None]
+                target = target[counted][None, :, None]
         return self.criterion(output.float(), target)
-
-    def on_validation_start(self) -> None:
-        """Refuse to go on where no training mask of an epoch held a class.
-
-        Raises:
-            DataError: if so.
-        """
-        trainer = self.trainer
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and not self.labelled:
-            raise DataError(
-                f"the training masks hold nothing but the ignored value {self.hparams['ignore_index']}",
-                "Check --ignore-index and the masks.",
-            )
 
     def predicted(self, output: Tensor) -> Tensor:
         """Probabilities (B, K, S, S)."""
         return output.float().softmax(1)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Take note of labelled pixels, without waiting for the device."""
+        super().on_train_batch_start(batch, batch_idx)
+        ignored = self.hparams["ignore_index"]
+        self._labelled = True if ignored is None else (batch["mask"] != ignored).any() | self._labelled
+        self._whole_epoch |= batch_idx == 0  # not where a checkpoint from the middle of an epoch was resumed
+
+    def on_train_epoch_end(self) -> None:
+        """Refuse to go on where no training mask of an epoch held a class."""
+        if self._whole_epoch:
+            self.refuse_ignored_only()
+
+    def refuse_ignored_only(self) -> None:
+        """Refuse to go on where this training has met no labelled pixel yet; to be called by all processes at once.
+
+        Raises:
+            DataError: if no process has met one.
+        """
+        if not self.trainer.strategy.reduce_boolean_decision(bool(self._labelled), all=False):
+            raise DataError(
+                f"the training masks hold nothing but the ignored value {self.hparams['ignore_index']}",
+                "Check ignore_index (--ignore-index) and the masks.",
+            )

@@ -19,9 +19,9 @@ from geoexplora.models.classifier import Pooling
 from geoexplora.models.encoding import set_drop_path
 from geoexplora.models.linear import use_fast_linears
 from geoexplora.tasks.data_task import DataTask
+from geoexplora.tasks.encoders import fit_encoder
 from geoexplora.tasks.optimization import parameter_groups
 from geoexplora.tasks.scheduled_task import ScheduledTask
-from geoexplora.tasks.sources import fit_encoder
 from geoexplora.transforms.mixing import random_erasing
 from geoexplora.weights.files import read_weights
 from geoexplora.weights.load import build_encoder
@@ -122,14 +122,11 @@ class FineTuneTask(DataTask, ScheduledTask):
         self.extra_state: dict[str, Any] = {}
         super().__init__()
 
+    # What a subclass writes.
+
     @abstractmethod
     def build_model(self, encoder: Any) -> nn.Module:
         """The model around an encoder; it has the attributes ``encoder`` and ``head``."""
-
-    @property
-    def pool(self) -> Pooling:
-        """Features that a head for whole images takes: those asked for, or the encoder's usual ones."""
-        return self.hparams["pool"] or ("cls" if self.spec.pool == "cls" else "mean")
 
     @abstractmethod
     def compare(self, output: Tensor, target: Tensor) -> Tensor:
@@ -143,10 +140,7 @@ class FineTuneTask(DataTask, ScheduledTask):
         """Augment a training batch as a whole."""
         return self.erase(images), target
 
-    @property
-    def encoder(self) -> Any:
-        """The encoder."""
-        return self.model.encoder
+    # The model.
 
     def configure_models(self) -> None:
         """Build the model, unless the data or the length of the training must be known first."""
@@ -160,19 +154,21 @@ class FineTuneTask(DataTask, ScheduledTask):
         h = self.hparams
         encoder, self.spec = self._encoder()
         h["spec"] = self.spec.to_metadata()
-        steps = self.total_steps if h["method"] == "adalora" else None
+        if h["method"] == "adalora":  # a checkpoint is to load without a trainer that tells
+            h["total_steps"] = self.total_steps
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(h["seed"])
             self.fine_tuning = apply_finetuning(
-                encoder, FinetuneConfig(h["method"], h["rank"], h["alpha"], total_steps=steps)
+                encoder, FinetuneConfig(h["method"], h["rank"], h["alpha"], total_steps=h["total_steps"])
             )
-            if h["drop_path"]:
+            if h["drop_path"] and h["method"] != "linear":  # features of a frozen encoder do not vary
                 set_drop_path(encoder, h["drop_path"], rising=True)
             encoder.set_grad_checkpointing(h["grad_checkpointing"])
             torch.manual_seed(h["seed"])  # the same head whatever the method
             model = self.build_model(encoder)
         self.model = use_fast_linears(use_fast_attention(model))
         self.erase = random_erasing(h["random_erasing"])
+        self.train()  # encoders come in evaluation mode, and Lightning leaves the mode as it is
 
     def _encoder(self) -> tuple[Any, EncoderSpec]:
         h, (given,) = self.hparams, self._given
@@ -194,9 +190,27 @@ class FineTuneTask(DataTask, ScheduledTask):
         )
         return fitted.encoder, fitted.spec
 
+    @property
+    def encoder(self) -> Any:
+        """The encoder."""
+        return self.model.encoder
+
+    @property
+    def pool(self) -> Pooling:
+        """Features that a head for whole images takes: those asked for, or the encoder's usual ones."""
+        return self.hparams["pool"] or ("cls" if self.spec.pool == "cls" else "mean")
+
     def parameter_table(self) -> list[PartCount]:
         """What is trained, by part."""
         return parameter_table(self.encoder, self.fine_tuning.whole_blocks, head=self.model.head)
+
+    def new_metrics(self) -> MetricCollection:
+        """TorchGeo's metrics, empty, under their own names."""
+        test_metrics: Any = self.test_metrics
+        metrics: MetricCollection = test_metrics.clone()
+        metrics.prefix = None
+        metrics.reset()
+        return metrics
 
     def train(self, mode: bool = True) -> FineTuneTask:
         """Training mode; an encoder that is frozen as a whole stays as it is in evaluation."""
@@ -204,6 +218,8 @@ class FineTuneTask(DataTask, ScheduledTask):
         if self.hparams["method"] == "linear" and hasattr(self, "spec"):
             self.encoder.eval()
         return self
+
+    # A step.
 
     def run_step(self, batch: Any, training: bool) -> Step | None:
         """Compare the model's outputs with the targets; None if no sample of the batch counts."""
@@ -220,61 +236,13 @@ class FineTuneTask(DataTask, ScheduledTask):
         output = self.model(images) if features is None else self.model.head(features)
         return Step(output, target, self.compare(output, target), features, index)
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seed stochastic depth and augmentation, so that a resumed run draws what an uninterrupted one would have."""
-        self.seed_batch()
-
-    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        """One forward pass; ``loss``, and for the callbacks ``value``, ``parts`` and ``features``."""
-        step = self.run_step(self.adapted(batch), training=True)
-        assert step is not None  # every sample counts in training
-        penalty = self.fine_tuning.regularization()
-        loss = step.loss if penalty is None else step.loss + penalty
-        self.log("train_loss", step.loss.detach(), batch_size=len(step.output))
-        outputs: dict[str, Any] = {"loss": loss, "value": loss.detach(), "parts": {}}
-        return outputs if step.features is None else outputs | {"features": step.features.detach()}
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Loss and metrics of a validation batch."""
-        self._evaluate(self.adapted(batch), "val", self.val_metrics)
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Loss and metrics of a test batch."""
-        self._evaluate(self.adapted(batch), "test", self.test_metrics)
-
-    def new_metrics(self) -> MetricCollection:
-        """TorchGeo's metrics, empty, under their own names."""
-        test_metrics: Any = self.test_metrics
-        metrics: MetricCollection = test_metrics.clone()
-        metrics.prefix = None
-        metrics.reset()
-        return metrics
-
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """What the model says: class probabilities (B, K) or (B, K, S, S), or values (B,)."""
-        return self.predicted(self.model(self.adapted(batch)["image"]))
-
     def _evaluate(self, batch: Any, split: str, metrics: Any) -> None:
         step = self.run_step(batch, training=False)
         if step is not None:
             metrics.update(self.predicted(step.output), step.target)
             self.log(f"{split}_loss", step.loss, batch_size=len(step.output), sync_dist=True)
 
-    def on_train_epoch_end(self) -> None:
-        """Nothing to sum up: training metrics on augmented, mixed images would say little."""
-
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        """A step, and AdaLoRA's budget while the gradients are there."""
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.fine_tuning.after_step(self.trainer.global_step + 1)  # Lightning counts the step when this returns
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what the method remembers between steps, and what the command wants to find again."""
-        checkpoint |= {"fine_tuning": self.fine_tuning.state_dict(), **self.extra_state}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take it up again."""
-        self.fine_tuning.load_state_dict(checkpoint["fine_tuning"])
+    # Lightning's hooks, in its order; besides, DataTask has setup and teardown, ScheduledTask on_train_start.
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW, with a learning rate by layer for method ``full``; cosine with warm-up by step."""
@@ -291,3 +259,45 @@ class FineTuneTask(DataTask, ScheduledTask):
             new_embeddings=False,
         )
         return self.adamw(groups)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed stochastic depth and augmentation, so that a resumed run draws what an uninterrupted one would have."""
+        self.seed_batch()
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """One forward pass; ``loss``, and for the callbacks ``value``, ``parts`` and ``features``."""
+        step = self.run_step(self.adapted(batch), training=True)
+        assert step is not None  # every sample counts in training
+        penalty = self.fine_tuning.regularization()
+        loss = step.loss if penalty is None else step.loss + penalty
+        self.log("train_loss", step.loss.detach(), batch_size=len(step.output))
+        outputs: dict[str, Any] = {"loss": loss, "value": loss.detach(), "parts": {}}
+        return outputs if step.features is None else outputs | {"features": step.features.detach()}
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """A step, and AdaLoRA's budget while the gradients are there."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.fine_tuning.after_step(self.trainer.global_step + 1)  # Lightning counts the step when this returns
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Loss and metrics of a validation batch."""
+        self._evaluate(self.adapted(batch), "val", self.val_metrics)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Loss and metrics of a test batch."""
+        self._evaluate(self.adapted(batch), "test", self.test_metrics)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """What the model says: class probabilities (B, K) or (B, K, S, S), or values (B,)."""
+        return self.predicted(self.model(self.adapted(batch)["image"]))
+
+    def on_train_epoch_end(self) -> None:
+        """Nothing to sum up: training metrics on augmented, mixed images would say little."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the method remembers between steps, and what the command wants to find again."""
+        checkpoint |= {"fine_tuning": self.fine_tuning.state_dict(), **self.extra_state}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it up again."""
+        self.fine_tuning.load_state_dict(checkpoint["fine_tuning"])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,8 +18,9 @@ from torch import Tensor
 from geoexplora.datamodules.tiles import TilesDataModule
 from geoexplora.errors import RunError
 from geoexplora.runs.metrics import Metrics
-from geoexplora.tasks.callbacks import StepClock
+from geoexplora.tasks.callbacks import StepClock, check_finite
 from geoexplora.tasks.finetune.evaluation import evaluate
+from geoexplora.tasks.finetune.segmentation import ExPLoRASegmentation
 from geoexplora.tasks.finetune.task import FineTuneTask
 from geoexplora.weights.atomic import atomic_path
 
@@ -31,6 +33,9 @@ class Validation(Callback):
     The first process evaluates, and the others wait. It runs before checkpoints are written, so that a resumed run
     has the same validations as an uninterrupted one.
 
+    Of AdaLoRA only the weights from when its ranks have fallen to the average that was asked for, and of any method
+    those of the last step, can be the best.
+
     Args:
         datamodule: with a split ``val``.
         metrics: receives columns ``val_*``.
@@ -40,6 +45,7 @@ class Validation(Callback):
         mode: ``max`` or ``min``.
         patience: validations without a better value before training stops; None: it never does.
         clock: paused during a validation.
+        steps_per_epoch: passes over the training images, in steps.
     """
 
     def __init__(
@@ -52,6 +58,7 @@ class Validation(Callback):
         mode: str,
         patience: int | None,
         clock: StepClock,
+        steps_per_epoch: float,
     ) -> None:
         self.datamodule = datamodule
         self.metrics = metrics
@@ -61,10 +68,12 @@ class Validation(Callback):
         self.sign = 1.0 if mode == "max" else -1.0
         self.patience = patience
         self.clock = clock
+        self.steps_per_epoch = steps_per_epoch
         self.best_score: float | None = None
         self.best_step = 0
         self.waited = 0
-        self._step = 0
+        self._begin = self._step = 0
+        self._has_seen_masks = self._has_told_ranks = False
 
     @property
     def has_stopped(self) -> bool:
@@ -83,7 +92,7 @@ class Validation(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember where training starts."""
-        self._step = trainer.global_step
+        self._begin = self._step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -98,11 +107,12 @@ class Validation(Callback):
 
     def _validate(self, trainer: Trainer, task: Any) -> None:
         step = trainer.global_step
+        self._look_at_masks(step, task)
         state: dict[str, Any] = {}
         if trainer.is_global_zero:
             scores = self.evaluate(task, trainer.precision == "bf16-mixed")
             self.metrics.append({"step": step, **scores})
-            self._judge(step, scores[self.monitor], task)
+            self._judge(step, scores[self.monitor], task, is_last=step == trainer.max_steps)
             state = self.state_dict()
         self.load_state_dict(trainer.strategy.broadcast(state))
         if self.has_stopped:
@@ -117,15 +127,38 @@ class Validation(Callback):
         found = evaluate(task, loader, torch.bfloat16 if bf16 else None, check)
         return {f"val_{name}": value for name, value in found.overall().items()}
 
-    def _judge(self, step: int, score: float, task: Any) -> None:
-        better = self.best_score is None or self.sign * score > self.sign * self.best_score
-        if better and math.isfinite(score):
+    def _look_at_masks(self, step: int, task: Any) -> None:
+        """Once a whole epoch was seen: refuse to go on if none of its masks held a class; in all processes."""
+        whole_epoch = (math.ceil(self._begin / self.steps_per_epoch) + 1) * self.steps_per_epoch
+        if isinstance(task, ExPLoRASegmentation) and not self._has_seen_masks and step >= whole_epoch:
+            self._has_seen_masks = True
+            task.refuse_ignored_only()
+
+    def _judge(self, step: int, score: float, task: Any, *, is_last: bool) -> None:
+        """Keep the weights if they are the best.
+
+        Raises:
+            RunError: if the score is not finite: the weights cannot be compared by it.
+        """
+        if not math.isfinite(score):
+            check_finite(task.model)
+            raise RunError(
+                f"{self.monitor} is {score:g} at the validation of step {step}: no best weights can be chosen by it",
+                "Check that the validation split has labels beside the ignored value, or take another --monitor; if the"
+                " loss is too large to be told, start anew with a lower --lr.",
+            )
+        if not is_last and not task.fine_tuning.has_final_ranks:
+            if not self._has_told_ranks:
+                rank = task.fine_tuning.config.rank
+                log.info("the best weights are chosen as soon as AdaLoRA's ranks have fallen to %d on average", rank)
+                self._has_told_ranks = True
+        elif self.best_score is None or self.sign * score > self.sign * self.best_score:
             self.best_score, self.best_step, self.waited = score, step, 0
             save_best(self.best_file, task, step, score)
         else:
             self.waited += 1
-        best = math.nan if self.best_score is None else self.best_score
-        log.info("validation at step %d: %s %.4f, best %.4f", step, self.monitor, score, best)
+        best = "none yet" if self.best_score is None else f"{self.best_score:.4f}"
+        log.info("validation at step %d: %s %.4f, best %s", step, self.monitor, score, best)
 
 
 def save_best(path: Path, task: FineTuneTask, step: int, score: float) -> None:
@@ -162,6 +195,24 @@ def load_best(path: Path, task: FineTuneTask) -> int:
         raise RunError(f"{path} holds the weights of another task", "Start the run anew with another --output.")
     task.load_state_dict(tensors, strict=False)
     return int(stored["step"])
+
+
+@contextmanager
+def best_weights(path: Path, task: FineTuneTask) -> Iterator[int]:
+    """The best weights in the place of the current ones, which come back bit by bit.
+
+    Yields:
+        The optimizer step that they are of.
+
+    Raises:
+        RunError: if the file is missing or not of this task.
+    """
+    current = {name: value.to("cpu", copy=True) for name, value in _changing(task).items()}
+    step = load_best(path, task)
+    try:
+        yield step
+    finally:
+        task.load_state_dict(current, strict=False)
 
 
 def _changing(task: FineTuneTask) -> dict[str, Tensor]:

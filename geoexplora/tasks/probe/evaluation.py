@@ -120,7 +120,7 @@ class Evaluation:
         neighbours: numbers k of neighbours.
         temperature: of the neighbours' votes.
         classifiers: which to try; None: all, ``logistic`` on up to 10,000 training samples.
-        shots: training samples of each class, for one table each; empty: all.
+        shots: training samples of each class, for one table each, in rising order; empty: all.
         repeats: number of seeds.
         seed: the first seed.
         device: where to compute.
@@ -156,38 +156,44 @@ class Evaluation:
             result.confusions.append(confusion_matrix(truth, predicted, labels=range(self.classes)))
             return result
 
-        chosen = self._chosen(folds)
-        if 1 in self.shots and "linear" in chosen and self.linear.select == "held-out":
+        if 1 in self.shots and "linear" in self._wanted and self.linear.select == "held-out":
             log.warning(
                 "one label a class leaves none to hold out: the linear probe's setting is chosen on what it learns"
             )
-        for shots in self.shots or (None,):
+        for shots in sorted(set(self.shots)) or (None,):
             for seed in range(self.seed, self.seed + self.repeats):
                 drawn = folds if shots is None else list(few_shot(folds, labels, shots, seed))
                 count_classes(labels, drawn)
-                depends = shots is not None or seed == self.seed  # on the seed: the labels drawn
-                if "knn" in chosen and depends:
+                first = seed == self.seed
+                depends = shots is not None or first  # on the seed: the labels drawn
+                if "knn" in self._wanted and depends:
                     for k, predicted in self._knn(features, labels, drawn):
                         add(f"knn k={k}", predicted)
-                if "linear" in chosen:
+                if "linear" in self._wanted:
                     found = self.linear(features, labels, drawn, seed)
                     result = add("linear", found.predicted)
                     result.chosen += found.chosen
                     result.tables.append(found.table)
-                if "logistic" in chosen and depends:
+                if "logistic" in self._wanted and depends and self._logistic_fits(shots, drawn, say=first):
                     add("logistic", self._logistic(features, labels, drawn))
         return list(results.values())
 
-    def _chosen(self, folds: Folds) -> Sequence[Classifier]:
-        if self.classifiers is not None:
-            return self.classifiers
+    @property
+    def _wanted(self) -> Sequence[Classifier]:
+        return ("knn", "linear", "logistic") if self.classifiers is None else self.classifiers
+
+    def _logistic_fits(self, shots: int | None, folds: Folds, *, say: bool) -> bool:
+        """Whether logistic regression was asked for, or has few enough training samples; says where not."""
         largest = max(len(train) for train, _ in folds)
-        if self.shots or largest <= LOGISTIC_LIMIT:
-            return ("knn", "linear", "logistic")
-        log.info(
-            "logistic regression is left out on %d training samples; ask for it by --classifiers logistic", largest
-        )
-        return ("knn", "linear")
+        if self.classifiers is not None or largest <= LOGISTIC_LIMIT:
+            return True
+        if say:
+            log.info(
+                "logistic regression is left out on %d training samples%s; ask for it by --classifiers logistic",
+                largest,
+                "" if shots is None else f" ({shots} a class)",
+            )
+        return False
 
     def _knn(self, features: FeatureRows, labels: Index, folds: Folds) -> Iterator[tuple[int, Index]]:
         """Each k with the classes (M,) it predicts."""

@@ -6,7 +6,7 @@ Shapes: R readable images, K classes, N rows of all splits.
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,10 @@ from geoexplora.tasks.probe.extraction import Extraction, temporary_folder
 from geoexplora.tasks.probe.linear import LinearProbe
 from geoexplora.tasks.probe.report import write_report
 from geoexplora.tasks.probe.rows import FeatureRows, Index
-from geoexplora.tasks.probe.store import StoredFeatures
 
 log = logging.getLogger(__name__)
+
+_SPLITS = ("train", "val", "test")
 
 
 def probe(options: Any) -> list[Result]:
@@ -47,8 +48,9 @@ def probe(options: Any) -> list[Result]:
     """
     device = _device(options.accelerator)
     opened = open_encoder(options, "class")
-    _refuse_other_target(options.dataset, opened.datamodule)
-    splits = _labelled_splits(options, opened.datamodule)
+    datamodule = opened.datamodule
+    _refuse_other_target(options.dataset, datamodule)
+    splits = _labelled_splits(options, datamodule)
     with ExitStack() as stack:
         spare = stack.enter_context(temporary_folder())
         extraction = Extraction(
@@ -56,8 +58,9 @@ def probe(options: Any) -> list[Result]:
         )
         stored = [extraction.features(split) for split in splits]
         labels = np.concatenate([one.labels for one in stored])
-        classes = _class_names(opened.datamodule, labels)
-        folds = _folds(options, opened.datamodule, splits, stored)
+        classes = _class_names(datamodule, labels)
+        places = [datamodule.eval_dataset(split).location_ids for split in splits]
+        folds = _folds(options, [place[one.indices] for place, one in zip(places, stored, strict=True)])
         _check_classes(labels, folds, classes)
         results = _evaluation(options, opened, len(classes), device).run(
             FeatureRows([one.features for one in stored]), labels, folds
@@ -105,29 +108,71 @@ def _refuse_other_target(dataset: str, datamodule: TilesDataModule) -> None:
 
 
 def _labelled_splits(options: Any, datamodule: TilesDataModule) -> list[str]:
-    """The splits to read, known to be there, and as far as labels are listed, to hold two classes, before all else."""
+    """The splits to read; whatever of them cannot be probed is refused here, before features are computed.
+
+    Raises:
+        DataError: if a split is not there, there is nothing to hold out, or, as far as labels are listed, the training
+            samples are of one class.
+    """
     if options.holdout == "split":
         splits = ["train", options.test_split]
         gone = [split for split in splits if not _has_labels(datamodule, split)]
         if gone:
             raise DataError(
                 f"{options.dataset} has no labelled split {' and no split '.join(gone)} there",
-                "Add it, name another by --test-split, or use --holdout location to split by place.",
+                "".join(["Add it", *(f", or {way}" for way in _other_ways(datamodule))]) + ".",
             )
     else:
-        splits = [split for split in ("train", "val", "test") if _has_labels(datamodule, split)]
-    listed = np.unique(np.concatenate([datamodule.eval_dataset(split).labels for split in splits]))
-    if len(listed) == 1 and listed[0] >= 0:
-        names = datamodule.classes
-        raise DataError(
-            f"all images are of one class, {names[listed[0]] if names else listed[0]}",
-            "A probe needs labels of two classes or more.",
-        )
+        splits = [split for split in _SPLITS if _has_labels(datamodule, split)]
+    _check_listed(options, datamodule, splits)
     return splits
 
 
 def _has_labels(datamodule: TilesDataModule, split: str) -> bool:
     return datamodule.has_split(split) and datamodule.source(split).target == "class"
+
+
+def _other_ways(datamodule: TilesDataModule) -> list[str]:
+    """What the labelled splits that can be opened allow, where the one asked for is not there."""
+    there = []
+    for split in _SPLITS:
+        with suppress(DataError):
+            if _has_labels(datamodule, split):
+                there.append(split)
+    ways = [f"take --test-split {split}" for split in there if split != "train"]
+    if there and _several([datamodule.eval_dataset(split).location_ids for split in there]):
+        ways.append("use --holdout location to split by place")
+    return ways
+
+
+def _check_listed(options: Any, datamodule: TilesDataModule, splits: list[str]) -> None:
+    """Check by listed labels and locations what the features would otherwise be computed for in vain."""
+    views = [datamodule.eval_dataset(split) for split in splits]
+    labels, locations = np.concatenate([view.labels for view in views]), [view.location_ids for view in views]
+    _refuse_one_class(datamodule, labels, "images")
+    if options.holdout == "location" and not _several(locations):
+        tests = [split for split in splits if split != "train"]
+        others = f"Use --holdout split --test-split {tests[0]}." if tests else "Add a labelled split val or test."
+        raise DataError(
+            f"all labelled images of {options.dataset} lie at one location, or it does not tell where they lie", others
+        )
+    for train, _ in _folds(options, locations):
+        _refuse_one_class(datamodule, labels[train], "training samples")
+
+
+def _several(locations: list[Index]) -> bool:
+    return len(np.unique(np.concatenate(locations))) > 1
+
+
+def _refuse_one_class(datamodule: TilesDataModule, labels: Index, what: str) -> None:
+    """Refuse labels of one class; -1 stands for those that are not listed."""
+    found = np.unique(labels)
+    if len(found) == 1 and found[0] >= 0:
+        names = datamodule.classes
+        raise DataError(
+            f"all {what} are of one class, {names[found[0]] if names else found[0]}",
+            "A probe needs labels of two classes or more.",
+        )
 
 
 def _class_names(datamodule: TilesDataModule, labels: Index) -> tuple[str, ...]:
@@ -143,13 +188,16 @@ def _class_names(datamodule: TilesDataModule, labels: Index) -> tuple[str, ...]:
     return datamodule.classes or tuple(f"class {number}" for number in range(int(labels.max()) + 1))
 
 
-def _folds(options: Any, datamodule: TilesDataModule, splits: list[str], stored: list[StoredFeatures]) -> Folds:
+def _folds(options: Any, locations: list[Index]) -> Folds:
+    """Rows of all splits to train and to test on.
+
+    Args:
+        options: settings of ``geoexplora probe``.
+        locations: of each split's images, in the order of the splits.
+    """
     if options.holdout == "split":
-        first, second = (len(one.labels) for one in stored)
+        first, second = (len(one) for one in locations)
         return [(np.arange(first), np.arange(first, first + second))]
-    locations = [
-        datamodule.eval_dataset(split).location_ids[one.indices] for split, one in zip(splits, stored, strict=True)
-    ]
     return leave_locations_out(np.concatenate(locations))
 
 
@@ -176,7 +224,9 @@ def _data_settings(options: Any) -> dict[str, Any]:
 def _cache_folder(options: Any) -> Path | None:
     if options.output is not None:
         return Path(options.output) / "features"
-    run = RunFolder(options.init or "")
+    if options.init is None:
+        return None
+    run = RunFolder(options.init)
     return run.path / "features" if run.run_file.is_file() else None  # other folders are not ours to write into
 
 

@@ -110,11 +110,16 @@ def write_report(folder: Path, results: Sequence[Result], classes: Sequence[str]
     record = to_record(results, classes) | {"settings": settings}
     write_text(folder / "probe.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     write_text(folder / "per_class.csv", _by_class(results, classes))
-    most = [result for result in results if result.labels == results[-1].labels]
+    largest = max(results, key=_amount).labels
+    most = [result for result in results if result.labels == largest]
     shown = next((result for result in most if result.classifier == "linear"), most[-1])
     few = "" if shown.labels is None else f", {shown.labels} labels a class"
     title = f"{shown.classifier}{few}: accuracy {shown.accuracy.mean:.4f}"
     plot_confusion(folder / "confusion.png", shown.confusion, classes, title)
+
+
+def _amount(result: Result) -> float:
+    return math.inf if result.labels is None else result.labels
 
 
 def _by_class(results: Sequence[Result], classes: Sequence[str]) -> str:

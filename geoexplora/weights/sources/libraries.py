@@ -10,6 +10,7 @@ from typing import Any
 
 from geoexplora.bands import RGB, SENSORS, Statistics, nearest
 from geoexplora.errors import ConfigError, WeightsError
+from geoexplora.torchgeo_facts import SSL4EO_L_KELVIN, SSL4EO_L_WHITE
 from geoexplora.weights.sources.addresses import Address, parse_address
 from geoexplora.weights.sources.shortcuts import FORMS, SHORT_NAMES, Hints
 
@@ -46,9 +47,6 @@ _TORCHGEO_SENSORS = {
     "SENTINEL2_": "sentinel-2",
     "SENTINEL1_": "sentinel-1",
 }
-_SSL4EO_L_TOP = {"TOA": 0.4, "SR": 0.3}
-_SSL4EO_L_KELVIN = (273.15 - 25, 273.15 + 45)
-"""What black and white are in the 8-bit images of SSL4EO-L, by TorchGeo's experiments/ssl4eo/landsat/compress_*.sh."""
 
 
 def from_torchgeo(text: str) -> LibraryWeights:
@@ -111,7 +109,7 @@ def torchgeo_hints(weight: Any) -> Hints:
     method, scaling = "standardize", _standardization(weight.transforms, len(bands))
     if sensor.name.startswith("landsat"):
         # The transforms take images that SSL4EO-L had clipped to 8 bits; the sensor's units are physical ones
-        top = next((top for level, top in _SSL4EO_L_TOP.items() if f"_{level}_" in name), None)
+        top = next((top for level, top in SSL4EO_L_WHITE.items() if f"_{level}_" in name), None)
         if scaling != [(0.0, 255.0)] * len(bands) or top is None:
             return Hints(sensor.name, bands, None, "torchgeo")
         scaling = [_clipping(sensor.band(band).common_name, top) for band in bands]
@@ -124,7 +122,7 @@ def torchgeo_hints(weight: Any) -> Hints:
 
 def _clipping(common_name: str, top: float) -> tuple[float, float]:
     """Mean and deviation whose clipping, at two deviations, is from black to white."""
-    low, high = _SSL4EO_L_KELVIN if common_name.startswith("lwir") else (0.0, top)
+    low, high = SSL4EO_L_KELVIN if common_name.startswith("lwir") else (0.0, top)
     return (low + high) / 2, (high - low) / 4
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchgeo.tasks import Classification, Regression, SemanticSegmentation
 
+from geoexplora.errors import ConfigError
 from geoexplora.tasks import ExPLoRAClassification, ExPLoRARegression, ExPLoRASegmentation
 from geoexplora.weights.load import build_encoder
 from geoexplora.weights.spec import EncoderSpec
@@ -132,6 +133,26 @@ def test_a_batch_of_ignored_pixels_only(loss: Any) -> None:
     assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in trained)
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("task_class", [ExPLoRAClassification, ExPLoRASegmentation])
+def test_a_batch_of_classes_without_weight(task_class: Any, smoothing: float) -> None:
+    words = {"class_weights": [0.0, 1.0, 3.0, 0.0], "label_smoothing": smoothing, "ignore_index": 2}
+    task = task_class(num_classes=K, method="linear", **words, **settings())
+    masks = task_class is ExPLoRASegmentation
+    shape = (B, S, S) if masks else (B,)
+    output = scores_of(B, K, *shape[1:]).requires_grad_()
+    target = torch.tensor([0, 3, 2, 0, 3]).view(B, *[1] * (len(shape) - 1)).expand(shape)
+    loss = task.compare(output, target)
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert output.grad is not None
+    assert not output.grad.any()
+    mixed = target.clone()
+    mixed[0] = 1
+    plain = nn.CrossEntropyLoss(torch.tensor(words["class_weights"]), ignore_index=2, label_smoothing=smoothing)
+    torch.testing.assert_close(task.compare(output, mixed), plain(output, mixed))
+
+
 def test_unreadable_images_are_left_out_of_evaluation() -> None:
     task = ExPLoRAClassification(num_classes=K, **settings()).eval()
     images, stand_in = images_of(), torch.tensor([-1, 1, -1, -1, 4])
@@ -167,6 +188,18 @@ def test_a_linear_head_leaves_the_encoder_alone(task_class: Any) -> None:
     assert all(value.equal(before[name]) for name, value in task.encoder.state_dict().items())
     assert not any(weight.requires_grad or weight.grad is not None for weight in task.encoder.parameters())
     assert any(not value.equal(head[name]) for name, value in task.model.head.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["linear", "lora", "full"])
+def test_a_new_task_is_in_training_mode(method: Any) -> None:
+    """Lightning does not call ``train``, and encoders are read in evaluation mode."""
+    given = settings(method=method, drop_path=0.5)
+    given["encoder"].eval()
+    task = ExPLoRAClassification(num_classes=K, **given)
+    assert task.model.head.training
+    assert {module.training for module in task.encoder.modules()} == {method != "linear"}
+    first, second = (task.model.features(images_of()) for _ in range(2))
+    assert first.equal(second) == (method == "linear"), "stochastic depth is for what trains"
 
 
 def test_lora_of_rank_8_on_a_large_encoder() -> None:
@@ -255,3 +288,16 @@ def test_groups() -> None:
     assert isinstance(task.model.head, nn.Linear)
     assert task.model.head.in_features == 2 * 128
     assert task.model(images_of()).shape == (B, K)
+
+
+@pytest.mark.parametrize("loss", ["ce", "jaccard", "focal", "dice"])
+def test_a_model_that_waits_for_data(loss: Any) -> None:
+    task = ExPLoRASegmentation(num_classes=K, bands=RGB, sensor="rgb", loss=loss, labels=list("abcd"))
+    assert not hasattr(task, "model")
+    assert "OverallAccuracy" in task.new_metrics()
+
+
+@pytest.mark.parametrize("words", [{}, {"num_classes": 1}, {"task": "multilabel", "num_classes": K}])
+def test_a_number_of_classes_is_needed(words: Any) -> None:
+    with pytest.raises(ConfigError, match="the task needs two classes or more, but num_"):
+        ExPLoRAClassification(**words, **settings())

@@ -14,7 +14,7 @@ from geoexplora.errors import RunError
 from geoexplora.runs.metrics import Metrics
 from geoexplora.tasks import ExPLoRAClassification, ExPLoRASegmentation
 from geoexplora.tasks.callbacks import StepClock
-from geoexplora.tasks.finetune.validation import Validation, load_best, save_best
+from geoexplora.tasks.finetune.validation import Validation, best_weights, load_best, save_best
 from geoexplora.weights.load import build_encoder
 from geoexplora.weights.spec import EncoderSpec
 
@@ -81,10 +81,13 @@ def test_weights_of_another_task_or_none(tmp_path: Path) -> None:
         load_best(tmp_path / "broken.pt", task_of())
 
 
-def validation_of(tmp_path: Path, mode: str = "max", patience: int | None = 2) -> Validation:
+def validation_of(
+    tmp_path: Path, mode: str = "max", patience: int | None = 2, steps_per_epoch: float = 1.0
+) -> Validation:
     datamodule: Any = SimpleNamespace()
     metrics = Metrics(tmp_path / "metrics.csv")
-    return Validation(datamodule, metrics, tmp_path / "best.pt", 1, "val_X", mode, patience, StepClock())
+    best, clock = tmp_path / "best.pt", StepClock()
+    return Validation(datamodule, metrics, best, 1, "val_X", mode, patience, clock, steps_per_epoch)
 
 
 @pytest.mark.parametrize(
@@ -94,14 +97,12 @@ def validation_of(tmp_path: Path, mode: str = "max", patience: int | None = 2) -
         ("max", [0.1, 0.1, 0.2, 0.1], 3, False),
         ("min", [5.0, 4.0, 4.5, 3.0], 4, False),
         ("min", [-1.0, -1.0, -1.0], 1, True),
-        ("max", [0.0, float("nan"), float("nan")], 1, True),
-        ("max", [float("nan"), 0.0, 0.1], 3, False),
     ],
 )
 def test_judgement(tmp_path: Path, mode: str, scores: list[float], best: int, stopped: bool) -> None:
     validation, task = validation_of(tmp_path, mode), task_of(method="linear")
     for step, score in enumerate(scores, start=1):
-        validation._judge(step, score, task)
+        validation._judge(step, score, task, is_last=False)
     assert validation.best_step == best
     assert validation.has_stopped == stopped
     assert torch.load(tmp_path / "best.pt", weights_only=True)["step"] == best
@@ -114,6 +115,93 @@ def test_judgement(tmp_path: Path, mode: str, scores: list[float], best: int, st
 
 def test_a_score_of_zero_is_a_score(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "geoexplora"):
-        validation_of(tmp_path)._judge(1, 0.0, task_of(method="linear"))
+        validation_of(tmp_path)._judge(1, 0.0, task_of(method="linear"), is_last=False)
     assert "nan" not in caplog.text
     assert "best 0.0000" in caplog.text
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("mode", ["max", "min"])
+def test_a_score_that_is_none(tmp_path: Path, score: float, mode: str) -> None:
+    """At once: a run must not learn for days what nothing can be chosen by."""
+    validation, task = validation_of(tmp_path, mode), task_of(method="linear")
+    with pytest.raises(RunError, match=r"val_X is -?(nan|inf) at the validation of step 1") as problem:
+        validation._judge(1, score, task, is_last=False)
+    assert "take another --monitor" in str(problem.value)
+    validation._judge(1, 0.5, task, is_last=False)
+    with pytest.raises(RunError, match="at the validation of step 2"):
+        validation._judge(2, score, task, is_last=True)
+    with torch.no_grad():
+        task.model.head.weight.fill_(float("nan"))
+    with pytest.raises(RunError, match="the training diverged"):
+        validation._judge(3, score, task, is_last=False)
+
+
+def stepped(task: Any, step: int) -> None:
+    """AdaLoRA's budget after a step."""
+    for parameter in task.encoder.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.randn_like(parameter)
+    task.fine_tuning.after_step(step)
+
+
+def test_ranks_fall_before_weights_can_be_the_best(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    task, validation = task_of(method="adalora", rank=2, total_steps=8), validation_of(tmp_path, patience=2)
+    with caplog.at_level(logging.INFO, "geoexplora"):
+        for step, score in enumerate([0.9, 0.8, 0.7, 0.5, 0.4, 0.6], start=1):
+            stepped(task, step)
+            validation._judge(step, score, task, is_last=False)
+            assert (validation.best_step == 0) == (step < 4), "ranks fall during the first half"
+            ranks = task.fine_tuning.ranks()
+            assert validation.best_step == 0 or sum(ranks.values()) == 2 * len(ranks)
+    assert (validation.best_step, validation.best_score, validation.waited) == (6, 0.6, 0)
+    assert caplog.text.count("as soon as AdaLoRA's ranks have fallen to 2 on average") == 1
+    assert "validation at step 3: val_X 0.7000, best none yet" in caplog.text
+
+
+def test_the_last_weights_count_whatever_their_ranks(tmp_path: Path) -> None:
+    """A run of a single step has no time for ranks to fall."""
+    task, validation = task_of(method="adalora", rank=2, total_steps=1), validation_of(tmp_path)
+    stepped(task, 1)
+    validation._judge(1, 0.5, task, is_last=True)
+    assert load_best(tmp_path / "best.pt", task) == 1
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora", "full"])
+def test_best_weights_for_a_while(tmp_path: Path, method: Any) -> None:
+    task = task_of(method=method, rank=2, total_steps=9)
+    best = {name: value.clone() for name, value in task.state_dict().items()}
+    save_best(tmp_path / "best.pt", task, 3, 0.5)
+    moved(task)
+    current = {name: value.clone() for name, value in task.state_dict().items()}
+    with best_weights(tmp_path / "best.pt", task) as step:
+        assert step == 3
+        assert all(value.equal(best[name]) for name, value in task.state_dict().items())
+    assert all(value.equal(current[name]) for name, value in task.state_dict().items())
+    assert any(not value.equal(best[name]) for name, value in current.items())
+    with pytest.raises(ZeroDivisionError), best_weights(tmp_path / "best.pt", task):
+        raise ZeroDivisionError
+    assert all(value.equal(current[name]) for name, value in task.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("begin", "steps_per_epoch", "validations", "looks"),
+    [
+        (0, 3.0, [1, 2, 3, 4, 6], [3]),
+        (0, 2.5, [2, 4, 6], [4]),
+        (0, 0.5, [1, 2], [1]),
+        (4, 3.0, [5, 6, 8, 9, 10], [9]),  # the epoch that was resumed in its middle is not whole
+        (6, 3.0, [8, 9], [9]),
+    ],
+)
+def test_masks_are_looked_at_after_a_whole_epoch(
+    tmp_path: Path, begin: int, steps_per_epoch: float, validations: list[int], looks: list[int]
+) -> None:
+    validation, looked = validation_of(tmp_path, steps_per_epoch=steps_per_epoch), []
+    task = task_of(ExPLoRASegmentation, head="linear")
+    validation.on_train_start(SimpleNamespace(global_step=begin), task)  # type: ignore[arg-type]
+    for step in validations:
+        task.refuse_ignored_only = lambda step=step: looked.append(step)
+        validation._look_at_masks(step, task)
+        validation._look_at_masks(step, task_of(method="linear"))
+    assert looked == looks

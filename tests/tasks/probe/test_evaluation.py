@@ -103,6 +103,24 @@ def test_logistic_regression_is_for_few_samples(data, monkeypatch):
     assert "logistic" in {one.classifier for one in evaluation(shots=(3,)).run(*data)}
 
 
+def test_logistic_regression_counts_the_samples_drawn(data, monkeypatch, caplog):
+    """3 classes of at least 10 training samples: 6, 15 and 30 of them."""
+    monkeypatch.setattr("geoexplora.tasks.probe.evaluation.LOGISTIC_LIMIT", 15)
+    with caplog.at_level("INFO"):
+        results = evaluation(shots=(2, 5, 10), repeats=2).run(*data)
+    assert [one.labels for one in results if one.classifier == "logistic"] == [2, 5]
+    assert caplog.text.count("logistic regression is left out on 30 training samples (10 a class)") == 1
+    asked = evaluation(shots=(10,), classifiers=("logistic",)).run(*data)
+    assert [one.labels for one in asked] == [10]
+
+
+def test_numbers_of_labels_count_once_and_rise(data):
+    (once,) = evaluation(shots=(5,), repeats=3, classifiers=("logistic",)).run(*data)
+    results = evaluation(shots=(5, 1, 5), repeats=3, classifiers=("logistic",)).run(*data)
+    assert [one.labels for one in results] == [1, 5]
+    assert results[1].accuracy == once.accuracy
+
+
 def test_one_class_to_learn_is_refused(data):
     features, labels, folds = data
     only = folds[0][0][labels[folds[0][0]] == 1]
@@ -147,6 +165,15 @@ def test_the_record():
     assert linear["confusion"][0] == [17, 3, 0]
     settings = {one["features"]: one["accuracy"] for one in record["linear_settings"]}
     assert settings == {"cls-1": pytest.approx(0.6), "cls-4+mean": None}
+
+
+@pytest.mark.parametrize(("amounts", "shown"), [((10, 5, 1), "10 labels a class"), ((None, 5), "linear: accuracy")])
+def test_the_picture_is_of_the_most_labels(tmp_path, monkeypatch, amounts, shown):
+    titles = []
+    monkeypatch.setattr("geoexplora.tasks.probe.report.plot_confusion", lambda *words: titles.append(words[-1]))
+    write_report(tmp_path, [Result("linear", labels, [np.eye(3, dtype=int)]) for labels in amounts], CLASSES, {})
+    (title,) = titles
+    assert shown in title
 
 
 def test_the_report(tmp_path):

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import threading
 from dataclasses import replace
 
+import h5py
 import numpy as np
 import pytest
 import timm
 import torch
 from torch import nn
+from torchgeo.datasets import RESISC45, NonGeoDataset, So2Sat
 
-from geoexplora.datamodules.fmow_sentinel import FMoWSentinelDataModule
+from geoexplora.datamodules import FMoWRGBDataModule, FMoWSentinelDataModule
+from geoexplora.datamodules.torchgeo_source import TorchGeoDataModule
+from geoexplora.datasets import write_fmow_rgb_tree
+from geoexplora.datasets.torchgeo_source import TorchGeoTiles
 from geoexplora.models.group_channel_vit import GroupChannelVisionTransformer
 from geoexplora.models.pooling import pooled_features
 from geoexplora.runs.lock import FolderLock
@@ -24,6 +30,8 @@ from geoexplora.tasks.probe import store as store_module
 from geoexplora.tasks.probe.extraction import Extraction
 from geoexplora.weights.load import build_encoder
 from geoexplora.weights.spec import EncoderSpec
+
+from ...datasets.torchgeo_trees import write_resisc45, write_so2sat
 
 BANDS = ("B2", "B3", "B4")
 
@@ -37,9 +45,13 @@ def extraction(root, cache, spare=None, *, bf16=False, sha256="0", size=16, **da
     module_of_data = FMoWSentinelDataModule(
         root, bands=BANDS, image_size=size, batch_size=8, num_workers=0, normalization="clip-float"
     )
+    return of_data(module_of_data, cache, spare, [("B2", "B3"), ("B4",)], bf16=bf16, sha256=sha256, **data)
+
+
+def of_data(module_of_data, cache, spare=None, groups=None, *, bf16=False, sha256="0", **data):
     spec = EncoderSpec.of(
-        "vit_pico", image_size=size, patch_size=8, sensor="sentinel-2", bands=BANDS,
-        normalization=module_of_data.normalization.to_dict(), groups=[("B2", "B3"), ("B4",)],
+        "vit_pico", image_size=module_of_data.image_size, patch_size=8, sensor=module_of_data.sensor.name,
+        bands=module_of_data.bands, normalization=module_of_data.normalization.to_dict(), groups=groups,
     )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -145,6 +157,88 @@ def test_the_key_is_the_content(own_tree, tmp_path):
     (moved / "val.csv").write_text("".join(lines[:-1]))
     extraction(moved, cache).features("val")
     assert len(folders(cache)) == before + 2, "a row less"
+
+
+def of_rgb(root, cache):
+    return of_data(FMoWRGBDataModule(root, image_size=16, batch_size=8, crop="tight"), cache)
+
+
+def test_boxes_belong_to_the_key(tmp_path):
+    """Another box of the same image is another crop, though no image, label or number has changed."""
+    root, cache = write_fmow_rgb_tree(tmp_path / "data", (20, 32), margin=12, limit=1), tmp_path / "cache"
+    before = np.array(of_rgb(root, cache).features("val").features)
+    of_rgb(root, cache).features("val")
+    assert len(folders(cache)) == 1, "the same boxes"
+    annotation = of_rgb(root, cache).opened.datamodule.source("val").path(0).with_suffix(".json")
+    content = json.loads(annotation.read_text())
+    content["bounding_boxes"][0]["box"] = [0, 0, 10, 10]
+    annotation.write_text(json.dumps(content))
+    for index in root.rglob(".*.index.npz"):
+        index.unlink()
+    after = of_rgb(root, cache).features("val").features
+    assert len(folders(cache)) == 2
+    changed = np.abs(after - before).max(1) > 1e-3
+    assert changed.tolist() == [True] + [False] * (len(after) - 1)
+
+
+def of_torchgeo(name, root, cache):
+    """With a normalization that does not follow from the images."""
+    own = TorchGeoDataModule(root, name=name).normalization
+    fixed = replace(own, mean=(1300.0,) * len(own.bands), std=(400.0,) * len(own.bands))
+    return of_data(TorchGeoDataModule(root, name=name, image_size=16, batch_size=8, normalization=fixed), cache)
+
+
+def test_one_file_of_all_images_belongs_to_the_key(tmp_path):
+    """So2Sat's images lie in one file for each split: other pixels with the same labels are other data."""
+    root, cache = write_so2sat(tmp_path / "data"), tmp_path / "cache"
+    before = np.array(of_torchgeo("So2Sat", root, cache).features("train").features)
+    for split in ("val", "train", "val"):
+        of_torchgeo("So2Sat", root, cache).features(split)
+    assert len(folders(cache)) == 2, "the same files"
+    with h5py.File(root / So2Sat.filenames_by_version["2"]["train"], "r+") as file:
+        file["sen2"][:] = file["sen2"][:][::-1]
+    after = of_torchgeo("So2Sat", root, cache).features("train").features
+    assert len(folders(cache)) == 3
+    assert np.abs(after - before).max() > 1e-3
+    of_torchgeo("So2Sat", root, cache).features("val")
+    assert len(folders(cache)) == 3, "the validation images lie in another file"
+
+
+def test_listed_files_belong_to_the_key(tmp_path, monkeypatch):
+    """Wherever the command is started, as long as the same files are found."""
+    write_resisc45(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    first = TorchGeoTiles(RESISC45("data")).fingerprint()
+    assert TorchGeoTiles(RESISC45(tmp_path / "data")).fingerprint() == first
+    tile = TorchGeoTiles(RESISC45("data")).path(1)
+    os.utime(tile, ns=(0, tile.stat().st_mtime_ns + 1))
+    assert TorchGeoTiles(RESISC45("data")).fingerprint() != first
+
+
+class Folder(NonGeoDataset):
+    """A dataset that does not tell which file holds an image."""
+
+    def __init__(self, root):
+        self.root = root
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return {"image": torch.full((3, 4, 4), index), "label": torch.tensor(index)}
+
+
+def test_where_no_files_are_told_all_count(tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    for root in (one, other):
+        (root / "images").mkdir(parents=True)
+        (root / "images/all.npy").write_bytes(b"1234")
+        os.utime(root / "images/all.npy", ns=(0, 0))
+    first = TorchGeoTiles(Folder(str(one))).fingerprint()
+    assert TorchGeoTiles(Folder(str(one))).fingerprint() == first
+    assert TorchGeoTiles(Folder(str(other))).fingerprint() != first
+    os.utime(one / "images/all.npy", ns=(0, 1))
+    assert TorchGeoTiles(Folder(str(one))).fingerprint() != first
 
 
 def test_where_the_weights_came_from_does_not_matter(fmow_tree, tmp_path):
