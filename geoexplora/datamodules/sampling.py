@@ -97,16 +97,19 @@ class EpochBatchSampler(StepBatchSampler):
         seed: of the shuffles.
         rank: of this process.
         world_size: number of processes.
+        epoch: the portion to start with; Lightning makes a resumed run's first iterator before it sets the epoch.
 
     Raises:
         ConfigError: if a number is out of range.
     """
 
-    def __init__(self, num_samples: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, num_samples: int, batch_size: int, seed: int, rank: int = 0, world_size: int = 1, epoch: int = 0
+    ) -> None:
         super().__init__(
             num_samples, batch_size, math.ceil(num_samples / max(1, batch_size * world_size)), seed, 0, rank, world_size
         )
-        self.epoch = 0
+        self.epoch = epoch
 
     @property
     def sampler(self) -> EpochBatchSampler:

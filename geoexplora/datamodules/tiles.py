@@ -222,7 +222,8 @@ class TilesDataModule(NonGeoDataModule):
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         sampler: StepBatchSampler
         if self.num_batches is None:
-            sampler = EpochBatchSampler(len(view), self.batch_size, self.seed, rank, world_size)
+            epoch = 0 if trainer is None else trainer.current_epoch
+            sampler = EpochBatchSampler(len(view), self.batch_size, self.seed, rank, world_size, epoch)
         else:
             sampler = StepBatchSampler(
                 len(view), self.batch_size, self.num_batches, self.seed, self.first_batch, rank, world_size

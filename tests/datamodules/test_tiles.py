@@ -170,6 +170,22 @@ def test_lightning_epochs_differ(fmow_tree: Path) -> None:
     assert not torch.equal(recorder.seen[0]["label"], recorder.seen[count]["label"])
 
 
+def test_lightning_takes_the_order_up_again(fmow_tree: Path, tmp_path: Path) -> None:
+    """A trainer that counts epochs goes on with the order of the next one."""
+
+    def epochs(number: int, checkpoint: Path | None = None) -> tuple[list[dict[str, torch.Tensor]], Trainer]:
+        recorder, datamodule = Recorder(), FMoWSentinelDataModule(fmow_tree, image_size=16, batch_size=32)
+        lightning = trainer(max_epochs=number, limit_val_batches=0)
+        lightning.fit(recorder, datamodule=datamodule, ckpt_path=checkpoint)
+        return recorder.seen, lightning
+
+    _, first = epochs(1)
+    first.save_checkpoint(tmp_path / "one.ckpt")
+    whole, _ = epochs(3)
+    resumed, _ = epochs(3, tmp_path / "one.ckpt")
+    assert_equal(resumed, whole[len(whole) // 3 :])
+
+
 def test_validation_is_opened_on_demand(own_tree: Path) -> None:
     datamodule = FMoWSentinelDataModule(own_tree, image_size=16, batch_size=20)
     recorder = Recorder()
