@@ -98,7 +98,7 @@ class Plan:
     pretrain_steps: int = 300
     steps: int = 80
     batch: int = 32
-    segmentation: tuple[tuple[str, int], ...] = (("lora", 3),)
+    segmentation: tuple[tuple[str, int], ...] = (("lora", 3), ("lora", 5))
     tile: int = 16
     tile_batch: int = 32
     tile_steps: int = 120
