@@ -25,6 +25,10 @@ class DataError(GeoExploraError):
     """A dataset is missing, incomplete or not what it claims to be."""
 
 
+class SplitNotFoundError(DataError):
+    """None of the files of a dataset's split is there, although the dataset is said to have that split."""
+
+
 class WeightsError(GeoExploraError):
     """A weights file cannot be used as asked."""
 

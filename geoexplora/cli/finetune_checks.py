@@ -103,7 +103,7 @@ def amounts(options: Any) -> Iterator[Finding]:
     """Numbers lie where they can."""
     for name in ("num_classes", "head_width", "eval_every", "patience", "image_size", "patch_size"):
         value = getattr(options, name)
-        least = 2 if name == "num_classes" and options.task != "multilabel" else 1
+        least = 2 if name == "num_classes" else 1
         if value is not None and value < least:
             yield Finding((name,), f"--{name.replace('_', '-')} must be at least {least}, not {value}.")
     for name in ("mixup", "cutmix"):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from geoexplora.bands import Statistics
 from geoexplora.datamodules.tiles import TilesDataModule
+from geoexplora.datasets.file_tree import FileTree
 from geoexplora.datasets.statistics import band_statistics
 from geoexplora.datasets.tiles import TileSource
 from geoexplora.datasets.torchgeo_opening import find_class, find_splits, open_torchgeo
@@ -71,7 +72,10 @@ class TorchGeoDataModule(TilesDataModule):
     ) -> None:
         self._class = find_class(name)
         self.root = Path(root)
-        train = TorchGeoTiles(open_torchgeo(self._class, self.root, "train"), bands, max_unreadable=max_unreadable)
+        self._tree = FileTree(self.root)
+        train = TorchGeoTiles(
+            open_torchgeo(self._class, self.root, "train"), bands, max_unreadable=max_unreadable, tree=self._tree
+        )
         if isinstance(normalization, str):
             if statistics == "reference":
                 logger.info("no reference statistics are known for TorchGeo's %s: those of its training images", name)
@@ -111,4 +115,4 @@ class TorchGeoDataModule(TilesDataModule):
                 f"It has: {', '.join(find_splits(self._class))}.",
             )
         dataset = open_torchgeo(self._class, self.root, "test_gt" if split == "test" else split)
-        return TorchGeoTiles(dataset, self.bands, self.sensor, max_unreadable=self.max_unreadable)
+        return TorchGeoTiles(dataset, self.bands, self.sensor, max_unreadable=self.max_unreadable, tree=self._tree)

@@ -28,7 +28,7 @@ from geoexplora.datasets.fmow_rgb_tree import (
 )
 from geoexplora.datasets.tile_dataset import Sample, TileDataset, fmow_classes, outside_years
 from geoexplora.datasets.tiles import UnreadableTiles, UnusableTileError
-from geoexplora.errors import ConfigError, DataError
+from geoexplora.errors import ConfigError, DataError, SplitNotFoundError
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,7 @@ class FMoWRGB(TileDataset):
             at least so many pixels; None: always in full resolution. May be set at any time.
 
     Raises:
+        SplitNotFoundError: if none of the images is there.
         DataError: if there is no data, a list or JSON file is malformed, no sample is left after the filters, labels or
             images are missing, or boxes lie outside their image or have no area.
         ConfigError: if a band, crop or variant is unknown, or ``least_side`` is not positive.
@@ -181,6 +182,11 @@ class FMoWRGB(TileDataset):
     def _rows(self, samples: Samples, years: tuple[int, int] | None, missing: str) -> NDArray[np.int64]:
         absent = [os.fsdecode(path) for path in samples.absent]
         total = len(samples.paths) + len(absent)
+        if absent and not len(samples.paths) and not len(samples.problems) and not samples.tiny[0]:
+            raise SplitNotFoundError(
+                f"none of the {total} images of {self._origin} is there, such as {self._base / absent[0]}",
+                "Unpack them, or correct root.",
+            )
         self._report(absent, f"{len(absent)} of the {total} images of {self._origin} are missing", missing)
         wrong = [f"{os.fsdecode(path)}: {reason.decode()}" for path, reason in samples.problems]
         these = "box or JSON file" if len(wrong) == 1 else "boxes or JSON files"

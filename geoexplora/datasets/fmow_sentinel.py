@@ -23,7 +23,7 @@ from geoexplora.datasets.fmow_index import (
 )
 from geoexplora.datasets.tile_dataset import Sample, TileDataset, fmow_classes, outside_years
 from geoexplora.datasets.tiles import UnreadableTiles, read_geotiff
-from geoexplora.errors import DataError
+from geoexplora.errors import DataError, SplitNotFoundError
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ class FMoWSentinel(TileDataset):
         nodata: a tile of nothing but this value, or but what its own nodata tag names, counts as unreadable.
 
     Raises:
+        SplitNotFoundError: if none of the files is there.
         DataError: if there is no csv file, it lacks a column or holds malformed values, no row is left after the
             filters, or files are missing.
         ConfigError: if a band is unknown.
@@ -130,6 +131,12 @@ class FMoWSentinel(TileDataset):
         absent = find_missing(self._tiles, self.split, table, rows)
         if absent.any():
             gone = rows[absent]
+            if absent.all():
+                raise SplitNotFoundError(
+                    f"none of the {len(rows)} tiles that {self._table_path} names is there, such as "
+                    f"{self._row_path(table, rows[0])}",
+                    "Unpack them, or correct root.",
+                )
             paths = "".join(f"\n  {self._row_path(table, row)}" for row in gone[:5])
             if missing == "error":
                 raise DataError(

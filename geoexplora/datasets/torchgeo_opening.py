@@ -11,7 +11,7 @@ import torchgeo.datasets
 from rasterio.errors import RasterioError
 from torchgeo.datasets import DatasetNotFoundError, DependencyNotFoundError, GeoDataset, NonGeoDataset
 
-from geoexplora.errors import ConfigError, DataError
+from geoexplora.errors import ConfigError, DataError, SplitNotFoundError
 from geoexplora.torchgeo_facts import FACTS
 
 SPLITS = {"train": ("train",), "val": ("val", "validation", "dev"), "test_gt": ("test",)}
@@ -58,7 +58,8 @@ def open_torchgeo(dataset_class: type[NonGeoDataset], root: Path, split: str) ->
         split: one of ``find_splits``.
 
     Raises:
-        DataError: if it is not there.
+        SplitNotFoundError: if TorchGeo does not find it.
+        DataError: if it cannot be opened otherwise.
         ConfigError: if its constructor needs more than a folder, or a package that is not installed.
     """
     name = dataset_class.__name__
@@ -85,7 +86,7 @@ def open_torchgeo(dataset_class: type[NonGeoDataset], root: Path, split: str) ->
     try:
         return dataset_class(**arguments)
     except DatasetNotFoundError as error:
-        raise DataError(
+        raise SplitNotFoundError(
             f"TorchGeo finds no {name} in {root}{_of(arguments)}",
             "Nothing is downloaded: put its files there as TorchGeo's documentation says, or correct --root.",
         ) from error

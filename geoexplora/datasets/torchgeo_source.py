@@ -14,9 +14,10 @@ import PIL
 from numpy.typing import NDArray
 from rasterio.errors import RasterioError
 from torch import Tensor
-from torchgeo.datasets import NonGeoClassificationDataset, NonGeoDataset, So2Sat
+from torchgeo.datasets import NonGeoDataset, So2Sat
 
 from geoexplora.bands import Sensor
+from geoexplora.datasets.file_tree import FileTree
 from geoexplora.datasets.tiles import Array, Target, Tile, UnreadableTiles, UnusableTileError, file_states
 from geoexplora.datasets.torchgeo_channels import Channels
 from geoexplora.datasets.torchgeo_targets import class_names, listed_labels, read_target, target_kind
@@ -36,6 +37,7 @@ class TorchGeoTiles:
         bands: the bands to return, in this order; None: all of the sensor's that it has, in the sensor's order.
         sensor: the sensor that the bands belong to; None: as the dataset's band names, or its three channels, say.
         max_unreadable: the largest bearable share of unreadable images; one is always borne.
+        tree: what lies under the dataset's root, where several splits share it; None: of this dataset alone.
 
     Attributes:
         target: the kind of target.
@@ -57,13 +59,15 @@ class TorchGeoTiles:
         sensor: Sensor | None = None,
         *,
         max_unreadable: float = 0.1,
+        tree: FileTree | None = None,
     ) -> None:
         self.dataset = dataset
         self.name = type(dataset).__name__
         if len(dataset) == 0:
             raise DataError(f"TorchGeo's {self.name} has no image", "Check that --root is the right folder.")
         self.unreadable = UnreadableTiles(len(dataset), max_unreadable)
-        _, sample = self.unreadable.first_readable(0, self._sample, self.path)
+        self._first, sample = self.unreadable.first_readable(0, self._sample, self.path)
+        self._tree = tree or FileTree(Path(self._root))
         self._channels = Channels.of(dataset, len(sample["image"]), sensor)
         self.sensor, there = self._channels.sensor, self._channels.bands
         self.bands = self.sensor.select(there if bands is None else bands)
@@ -89,16 +93,8 @@ class TorchGeoTiles:
 
     def path(self, index: int) -> Path:
         """The file of a tile where the dataset lists its files, else its number in the form of one."""
-        for attribute in ("samples", "files", "folders"):
-            listed = getattr(self.dataset, attribute, None)
-            entry: Any = listed[index] if isinstance(listed, list | tuple) and len(listed) == len(self) else None
-            if isinstance(entry, dict):
-                entry = entry.get("image", entry.get("s2"))
-            elif isinstance(entry, tuple):
-                entry = entry[0]
-            if isinstance(entry, str | Path):
-                return Path(entry)
-        return Path(f"image {index} of {self.name}")
+        listed = self._listed(index)
+        return Path(listed[0]) if listed else Path(f"image {index} of {self.name}")
 
     def read(self, index: int) -> Tile:
         """Read a raw tile, or the next readable one in its stead, without taking note of it.
@@ -127,17 +123,35 @@ class TorchGeoTiles:
         self.unreadable.look_again(index, self._load, self.path(index))
 
     def fingerprint(self) -> bytes:
-        """What the tiles' pixels depend on: sizes and times of their files.
+        """What the tiles' pixels depend on: names below the root, sizes and times of the files that the dataset lists.
 
-        Class folders and So2Sat tell which these are. For other datasets all files under the root count, and its place.
+        So2Sat has one file for all. Where other datasets list no files, all under the root count, and its place.
         """
-        if isinstance(self.dataset, NonGeoClassificationDataset):
-            return file_states(Path(path) for path, _ in self.dataset.samples)
         if isinstance(self.dataset, So2Sat):
             return file_states([Path(self.dataset.fn)])
-        root = Path(getattr(self.dataset, "root", "")).resolve()
-        files = sorted(folder / name for folder, _, names in root.walk(follow_symlinks=True) for name in names)
-        return os.fsencode("\n".join(map(str, [root, *files]))) + file_states(files)
+        first = self.path(self._first)  # was read, so it is there if it is a file
+        folder = next((folder for folder in ("", self._root) if Path(folder, first).is_file()), None)
+        if folder is None:
+            return self._tree.state
+        files = [file for index in range(len(self)) for file in self._listed(index)]
+        names = "\n".join(file.removeprefix(self._root).lstrip(os.sep) for file in files)
+        return os.fsencode(names) + file_states(Path(folder, file) for file in files)
+
+    @property
+    def _root(self) -> str:
+        return str(getattr(self.dataset, "root", ""))
+
+    def _listed(self, index: int) -> tuple[str, ...]:
+        """What the dataset lists of a tile: its image's file, and what else may be one; empty where it lists none."""
+        for attribute in ("samples", "files", "folders"):
+            listed = getattr(self.dataset, attribute, None)
+            entry: Any = listed[index] if isinstance(listed, list | tuple) and len(listed) == len(self) else None
+            named = entry if isinstance(entry, dict) else {"image": entry[0] if isinstance(entry, tuple) else entry}
+            image = named.get("image", named.get("s2"))
+            if isinstance(image, str | Path):
+                others = (one for one in named.values() if one is not image and isinstance(one, str | Path))
+                return (str(image), *map(str, others))
+        return ()
 
     def _load(self, index: int) -> tuple[Array, Target]:
         """The wanted bands of a tile, in the sensor's units, and its target."""

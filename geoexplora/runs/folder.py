@@ -59,7 +59,6 @@ class RunFolder:
         self.decoder_file = self.path / "decoder.safetensors"
         self.heads_file = self.path / "heads.safetensors"
         self.task_head_file = self.path / "task_head.safetensors"
-        self.best_file = self.checkpoints / "best.pt"
         self.predictions_file = self.path / "predictions.csv"
         self.adapter = self.path / "adapter"
         self.plots = self.path / "plots"
@@ -74,6 +73,10 @@ class RunFolder:
 
     def __repr__(self) -> str:
         return f"RunFolder({str(self.path)!r})"
+
+    def best_file(self, step: int) -> Path:
+        """Where the weights of a step are kept that was the best one of a fine-tuning."""
+        return self.checkpoints / f"best-{step}.pt"
 
     @property
     def holds_run(self) -> bool:

@@ -13,7 +13,7 @@ from geoexplora.models.initialization import initialize_plain_encoder
 from geoexplora.registry import FROM_SOURCE
 from geoexplora.tasks.sources import architecture, load_source, of_architecture
 from geoexplora.transforms.normalization import Normalization
-from geoexplora.weights.contract import Allowed
+from geoexplora.weights.contract import Allowed, check_contract
 from geoexplora.weights.load import build_encoder, load_encoder
 from geoexplora.weights.source_weights import SourceWeights
 from geoexplora.weights.spec import EncoderSpec
@@ -77,13 +77,15 @@ def fit_encoder(
             groups = described.groups
     elif image_size is None or patch_size is None or normalization is None or not bands:
         raise ConfigError("an encoder of random weights needs its input", "Name bands, normalization and sizes.")
-    if (
-        source is not None
-        and described is not None
-        and _is_own_input(described, sensor, bands, groups, normalization, patch_size)
-    ):
+    allowed = allowed or Allowed()
+    if source is not None and described is not None and _is_as_built(described, sensor, bands, groups, patch_size):
+        values = described.normalization
+        if normalization is not None:
+            values = Normalization.from_dict(normalization).to_dict()
+            wanted = replace(described, normalization=values)
+            check_contract(str(source.path), described, wanted, told=source.told, allowed=allowed)
         encoder, spec = load_encoder(source)
-        spec = _resize_input(encoder, spec, image_size)
+        spec = _resize_input(encoder, replace(spec, normalization=values), image_size)
         # What is trained from here on comes on top of these weights, not of those that they once started from
         return FittedEncoder(
             encoder,
@@ -95,7 +97,7 @@ def fit_encoder(
                 antialias=spec.antialias if antialias is None else antialias,
             ),
         )
-    built = architecture(model or FROM_SOURCE, source, bool(groups))
+    built = architecture(model or FROM_SOURCE, source, bool(groups), pretraining=False)
     own: Any = described  # where there is none, all is given
     spec = EncoderSpec.of(
         **of_architecture(built),
@@ -116,28 +118,22 @@ def fit_encoder(
             initialize_plain_encoder(new)
     state = load_source(
         new, None, spec, source,
-        band_init=band_init, patch_resize=patch_resize, allowed=allowed or Allowed(), seed=seed,
+        band_init=band_init, patch_resize=patch_resize, allowed=allowed, seed=seed,
     )  # fmt: skip
     spec = replace(spec, source=state["source"], band_init=state["band_init"], patch_resize=state["patch_resize"])
     return FittedEncoder(new.eval(), spec)
 
 
-def _is_own_input(
+def _is_as_built(
     spec: EncoderSpec,
     sensor: str,
     bands: Sequence[str],
     groups: Sequence[Sequence[str]] | None,
-    normalization: Mapping[str, Any] | None,
     patch_size: int | None,
 ) -> bool:
-    """Whether an encoder was trained with this input, but for the image size; None is its own."""
+    """Whether an encoder takes such images as it is, however they are normalized; None is its own."""
     asked = (sensor, tuple(bands), tuple(map(tuple, groups)) if groups else None, patch_size or spec.patch_size)
-    if asked != (spec.sensor, spec.bands, spec.groups, spec.patch_size):
-        return False
-    if normalization is None:
-        return True
-    known = spec.normalization  # empty where the weights do not tell
-    return bool(known) and Normalization.from_dict(normalization) == Normalization.from_dict(known)
+    return asked == (spec.sensor, spec.bands, spec.groups, spec.patch_size)
 
 
 def _resize_input(encoder: Any, spec: EncoderSpec, image_size: int | None) -> EncoderSpec:

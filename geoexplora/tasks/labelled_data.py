@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torchgeo.datasets import DatasetNotFoundError
 
 from geoexplora.datamodules.targets import check_target
 from geoexplora.datamodules.tiles import TilesDataModule
 from geoexplora.datasets.tiles import TargetKind
-from geoexplora.errors import ConfigError, DataError
+from geoexplora.errors import ConfigError, DataError, SplitNotFoundError
 
 log = logging.getLogger(__name__)
 
@@ -153,9 +152,7 @@ def _test_split(options: Any, datamodule: TilesDataModule) -> str:
         return "val"
     try:
         source = datamodule.source("test")
-    except DataError as problem:
-        if not isinstance(problem.__cause__, DatasetNotFoundError):  # there, but not as it should be
-            raise
+    except SplitNotFoundError as problem:
         log.warning("%s: the best weights will be tested on the val split", str(problem).splitlines()[0])
         return "val"
     if source.target == "none":
@@ -221,7 +218,7 @@ def _check_training(task: str, counts: _Counts, classes: tuple[str, ...], ignore
     if counts.are_all:
         rest = "it cannot be learned" if len(absent) == 1 else "they cannot be learned"
         log.warning("no training %s of %s: %s", what, _some(absent), rest)
-    else:
+    elif counts.images >= MOST:  # of a few images most lack some class, which says nothing
         log.warning("no training %s of %s in the %d images looked at", what, _some(absent), counts.images)
 
 

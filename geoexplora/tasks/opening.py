@@ -144,7 +144,7 @@ def _open_input(options: Any, spec: EncoderSpec | None, target: str | None) -> T
             "Name one: --normalization (and --statistics).",
         )
 
-    def opened(normalization: Normalization | str) -> TilesDataModule:
+    def opened(normalization: Normalization | str, bands: tuple[str, ...]) -> TilesDataModule:
         datamodule = open_data(
             options, target, bands=bands, image_size=options.image_size or spec.image_size,
             normalization=normalization, antialias=spec.antialias if options.antialias is None else options.antialias,
@@ -154,12 +154,26 @@ def _open_input(options: Any, spec: EncoderSpec | None, target: str | None) -> T
         return datamodule
 
     known = options.statistics != "dataset" and method == spec.normalization.get("method")
-    if known and sensor in {None, spec.sensor} and set(bands) <= set(spec.bands):
+    names = bands if sensor is not None else _names_of(spec.sensor, bands)
+    if known and sensor in {None, spec.sensor} and set(names) <= set(spec.bands):
         own = Normalization.from_dict(spec.normalization)
-        datamodule = opened(own if bands == spec.bands else own.select(bands))
-        if datamodule.sensor.name == spec.sensor:  # else its bands only have the same names
-            return datamodule
-    return opened(method)
+        try:
+            datamodule = opened(own if names == spec.bands else own.select(names), names)
+        except ConfigError:
+            if names == bands:
+                raise
+        else:  # of another sensor, its bands only have the same names
+            if datamodule.sensor.name == spec.sensor:
+                return datamodule
+    return opened(method, bands)
+
+
+def _names_of(sensor: str, bands: tuple[str, ...]) -> tuple[str, ...]:
+    """Bands as a sensor calls them (B2 for B02 or blue); as they are where it does not have them."""
+    try:
+        return SENSORS[sensor].select(bands)
+    except ConfigError:
+        return bands
 
 
 def open_for(options: Any, spec: EncoderSpec, target: str | None = None) -> TilesDataModule:

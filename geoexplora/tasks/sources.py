@@ -19,13 +19,16 @@ from geoexplora.weights.spec import EncoderSpec
 log = logging.getLogger(__name__)
 
 
-def architecture(model: str, source: SourceWeights | None, grouped: bool) -> dict[str, Any]:
+def architecture(
+    model: str, source: SourceWeights | None, grouped: bool, *, pretraining: bool = True
+) -> dict[str, Any]:
     """What to build: the model asked for, in the style of the source (LayerScale, registers, ...).
 
     Args:
         model: a name in ``geoexplora.registry.MODELS``, or ``source`` for the source's sizes.
         source: the source weights; ``None`` for random ones.
         grouped: whether the model has channel groups.
+        pretraining: whether the objective needs every token normalized; else the final norm stays where it is.
 
     Returns:
         Plain JSON types: ``model``, ``sizes`` and ``style``; see ``of_architecture``.
@@ -39,7 +42,7 @@ def architecture(model: str, source: SourceWeights | None, grouped: bool) -> dic
             raise ConfigError("--model source needs source weights", "Name them by --init, or name a model.")
         return {"model": model, "sizes": None, "style": {}}
     spec = source.described()
-    style = replace(spec.style, pooled_norm=False)  # pre-training needs every token normalized
+    style = replace(spec.style, pooled_norm=spec.style.pooled_norm and not pretraining)
     if not grouped:
         style = replace(style, channel_width=None, class_token_encoding=False)
     name = spec.model if model == FROM_SOURCE else model

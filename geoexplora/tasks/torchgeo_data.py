@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import kornia.augmentation as K
 import kornia.enhance
@@ -38,6 +38,21 @@ _OWN_WAY = ("CopernicusBenchBiomassS3DataModule", "FLAIRHUBDataModule", "TreeSat
 
 _FULL_SCALE = {RGB.name: 255.0, SENTINEL2.name: 10_000.0}
 """What kornia's photometric augmentations, made for 0..1, are to take for 1, in the sensor's units."""
+
+
+class _Constants(NamedTuple):
+    """What every batch is computed with, on the batches' device: a copy for each would wait for the GPU.
+
+    Attributes:
+        at: (C,), positions of the task's bands among the channels.
+        rescaling: times the first, plus the second, each (C, 1, 1), values are in the sensor's units; None where they
+            are already.
+        mean: (C, 1, 1), in the sensor's units.
+    """
+
+    at: Tensor
+    rescaling: tuple[Tensor, Tensor] | None
+    mean: Tensor
 
 
 class BatchAdapter:
@@ -78,6 +93,7 @@ class BatchAdapter:
         self.channels: Channels | None = None
         self._datamodule = datamodule
         self._kept: dict[str, Any] = {}
+        self._constants: dict[torch.device, _Constants] = {}
         self._looked = False
         if isinstance(datamodule, TilesDataModule):
             _check_same(datamodule, sensor, normalization)
@@ -120,9 +136,12 @@ class BatchAdapter:
             )
         sizes = torch.tensor([image.shape[-2:]] * len(image))
         with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
-            raw = self._in_units(image[:, self._at].float())
+            constants = self._on(image.device)
+            raw = image.index_select(1, constants.at).float()
+            if constants.rescaling is not None:
+                raw = raw * constants.rescaling[0] + constants.rescaling[1]
             self._look(raw)
-            normalized = self._resized(self.normalization(self._filled(raw)))
+            normalized = self._resized(self.normalization(torch.where(raw.isfinite(), raw, constants.mean)))
         adapted = {**batch, "image": normalized, "size": sizes}
         if "mask" in batch and batch["mask"].shape[-2:] != normalized.shape[-2:]:
             adapted["mask"] = _resized_mask(batch["mask"], normalized.shape[-1])
@@ -148,17 +167,16 @@ class BatchAdapter:
                     name,
                 )
 
-    def _in_units(self, image: Tensor) -> Tensor:
-        """The task's bands in the sensor's units."""
-        if self._rescaling is None:
-            return image
-        scale, offset = (torch.from_numpy(values).to(image.device) for values in self._rescaling)
-        return image * scale + offset
-
-    def _filled(self, raw: Tensor) -> Tensor:
-        """NaN and infinite pixels hold the band's mean."""
-        mean = raw.new_tensor(self.normalization.mean)[:, None, None]
-        return torch.where(raw.isfinite(), raw, mean)
+    def _on(self, device: torch.device) -> _Constants:
+        """The constants on a device; made once for each."""
+        if device not in self._constants:
+            at, mean = torch.tensor(self._at).to(device), torch.tensor(self.normalization.mean).to(device)
+            rescaling = None
+            if self._rescaling is not None:
+                scale, offset = (torch.from_numpy(values).to(device) for values in self._rescaling)
+                rescaling = scale, offset
+            self._constants[device] = _Constants(at, rescaling, mean[:, None, None])
+        return self._constants[device]
 
     def _look(self, raw: Tensor) -> None:
         """Warn once where the values look as if they were normalized already."""

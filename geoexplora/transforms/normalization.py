@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -98,7 +98,7 @@ class Normalization:
             ConfigError: if the image's channels are not as many as the bands.
         """
         self._check(image)
-        offset, scale = (part.to(image.device) for part in self._offset_scale)
+        offset, scale = _offset_scale_on(image.device, self)
         scaled = (image.to(torch.float32) - offset).mul_(scale)
         if self.method == "clip-uint8":
             return scaled.clamp_(0, 255).trunc_().div_(255)
@@ -116,7 +116,7 @@ class Normalization:
             (..., C, H, W), float32, in the sensor's units.
         """
         self._check(image)
-        offset, scale = (part.to(image.device) for part in self._offset_scale)
+        offset, scale = _offset_scale_on(image.device, self)
         values = image.to(torch.float32)
         return (values * 255 if self.method == "clip-uint8" else values) / scale + offset
 
@@ -151,3 +151,10 @@ class Normalization:
                 f"an image of shape {tuple(image.shape)} does not fit a normalization of {len(self.bands)} bands",
                 f"Its channels must be {', '.join(self.bands)}, in this order, third from the end.",
             )
+
+
+@lru_cache(64)
+def _offset_scale_on(device: torch.device, normalization: Normalization) -> tuple[Tensor, Tensor]:
+    """Copied once to each device: a copy for each batch would wait for the GPU."""
+    offset, scale = normalization._offset_scale
+    return offset.to(device), scale.to(device)

@@ -53,7 +53,7 @@ def check_contract(label: str, source: EncoderSpec, wanted: EncoderSpec, *, told
             f"{label} was trained on the bands {','.join(source.bands)}, not on {','.join(wanted.bands)}:"
             f" {' and '.join(differing)}",
             f"Select its bands by name: --bands {','.join(source.bands)}; or let new bands start by --band-init:"
-            " --allow-band-mismatch.",
+            " allow_band_mismatch (--allow-band-mismatch).",
         )
     differing = normalization_differences(source.normalization, wanted.normalization)
     if not differing:
@@ -63,7 +63,7 @@ def check_contract(label: str, source: EncoderSpec, wanted: EncoderSpec, *, told
         raise WeightsError(
             text,
             "Use the normalization of the weights (--normalization, --statistics; geoexplora inspect shows it), or go"
-            " on with the other one: --allow-normalization-mismatch.",
+            " on with the other one: allow_normalization_mismatch (--allow-normalization-mismatch).",
         )
     log.warning("%s", text)
 

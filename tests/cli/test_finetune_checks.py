@@ -69,6 +69,7 @@ def test_defaults(finetune: Any) -> None:
         ((*INIT, "--task", "multilabel", "--class-weights", "balanced"), "--class-weights belongs to --loss ce"),
         ((*INIT, "--loss", "focal", "--label-smoothing", "0.1"), "--label-smoothing belongs to --loss ce"),
         ((*INIT, "--num-classes", "1"), "--num-classes must be at least 2"),
+        ((*INIT, "--task", "multilabel", "--num-classes", "1"), "--num-classes must be at least 2"),
         ((*INIT, "--eval-every", "0"), "--eval-every must be at least 1"),
         ((*INIT, "--patience", "0"), "--patience must be at least 1"),
         ((*INIT, "--mixup", "-1"), "--mixup must be at least 0"),

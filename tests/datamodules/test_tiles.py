@@ -197,7 +197,7 @@ def test_validation_is_opened_on_demand(own_tree: Path) -> None:
     datamodule = FMoWSentinelDataModule(own_tree, image_size=16, batch_size=20)
     trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=0).fit(recorder, datamodule=datamodule)
     assert datamodule.val_dataset is None
-    with pytest.raises(DataError, match=r"val\.csv names are missing"):
+    with pytest.raises(DataError, match=r"val\.csv names is there"):
         trainer(max_epochs=1, limit_train_batches=1).fit(Recorder(), datamodule=datamodule)
 
 

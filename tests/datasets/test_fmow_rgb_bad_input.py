@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from geoexplora.datasets import FMoWRGB, write_fmow_rgb_tree
-from geoexplora.errors import DataError
+from geoexplora.errors import DataError, SplitNotFoundError
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +149,9 @@ def test_missing_images(own_rgb_tree: Path, caplog: pytest.LogCaptureFixture) ->
     assert rest.path(0) == whole.path(1)
     for index in range(len(rest)):
         rest.path(index).unlink()
-    with pytest.raises(DataError, match=f"no sample is left of .*: {len(whole)} missing"):
-        FMoWRGB(own_rgb_tree, missing="skip")
+    for missing in ("skip", "error"):
+        with pytest.raises(SplitNotFoundError, match=f"none of the {len(whole)} images of .*train is there, such as"):
+            FMoWRGB(own_rgb_tree, missing=missing)  # type: ignore[arg-type]
 
 
 def test_no_folder(tmp_path: Path) -> None:

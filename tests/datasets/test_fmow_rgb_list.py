@@ -204,7 +204,7 @@ def test_numbers_mean_what_the_paths_say(own_rgb_tree: Path) -> None:
 def test_malformed_lists(own_rgb_tree: Path, content: bytes, message: str) -> None:
     (own_rgb_tree / "train_62classes.csv").write_bytes(content)
     if message == "no image":  # its first line could be a header; its image is not there
-        message = "1 of the 1 images of .* are missing"
+        message = r"none of the 1 images of .*classes\.csv is there, such as .*x\.jpg"
     with pytest.raises(DataError, match=message):
         FMoWRGB(own_rgb_tree)
 

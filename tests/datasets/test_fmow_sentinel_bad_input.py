@@ -16,7 +16,7 @@ import torch
 
 from geoexplora.bands import SENTINEL2
 from geoexplora.datasets.fmow_sentinel import FMoWSentinel
-from geoexplora.errors import DataError
+from geoexplora.errors import DataError, SplitNotFoundError
 
 
 def overwrite(path: Path, image: np.ndarray[Any, Any], **more: Any) -> None:
@@ -114,8 +114,11 @@ def test_missing_files(own_tree: Path, caplog: pytest.LogCaptureFixture) -> None
     assert rest.path(0) == whole.path(1)
     for index in range(len(rest)):
         rest.path(index).unlink()
-    with pytest.raises(DataError, match=f"no tile is left .* {len(whole)} without a file"):
-        FMoWSentinel(own_tree, missing="skip")
+    for missing in ("skip", "error"):
+        with pytest.raises(
+            SplitNotFoundError, match=rf"none of the {len(whole)} tiles that .*train\.csv names is there"
+        ):
+            FMoWSentinel(own_tree, missing=missing)
 
 
 def damage_truncate(path: Path) -> None:

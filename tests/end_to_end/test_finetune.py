@@ -98,8 +98,7 @@ def test_a_run_is_complete(
     there = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     expected = {
         "config.yaml", "run.json", "metrics.csv", "predictions.csv", "encoder.safetensors", "task_head.safetensors",
-        "checkpoints/last.ckpt", "checkpoints/previous.ckpt", "checkpoints/best.pt", "plots/loss.png",
-        "plots/predictions.png",
+        "checkpoints/last.ckpt", "checkpoints/previous.ckpt", "plots/loss.png", "plots/predictions.png",
     }  # fmt: skip
     assert expected <= there
     assert ("plots/confusion.png" in there) == (kind in {"class", "mask"})
@@ -123,6 +122,7 @@ def test_a_run_is_complete(
     scores = [row[MONITORS[kind]] for row in evaluated]
     choose = min if kind == "value" else max
     assert record["best"]["step"] == evaluated[scores.index(choose(scores))]["step"]
+    assert f"checkpoints/best-{record['best']['step']}.pt" in there
     trained = sum(part["trainable"] for part in record["parameters"])
     head = sum(tensor.numel() for tensor in load_file(run / "task_head.safetensors").values())
     assert (trained > head) == (method != "linear")

@@ -11,12 +11,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from geoexplora.datamodules.sampling import StepBatchSampler
+from geoexplora.runs.metrics import read_metrics
 from geoexplora.tasks import labelled_data
 
 from ..datasets.torchgeo_trees import write_loveda
+from .conftest import run_command
 from .finetuning_helpers import COUNTS, Kind, finetune, made_up_datasets, make_up, refuse, write_made_up
 
 
@@ -145,6 +149,34 @@ def test_training_masks_whose_labels_a_sample_does_not_tell(explora_run: Path, t
     assert "--ignore-index" in got.err
 
 
+def test_less_than_a_pass_over_the_training_masks(explora_run: Path, tmp_path: Path, few: None) -> None:
+    """What two of three steps have not met may be in the third; and a longer run goes on from what was met."""
+    words = ("--task", "segmentation", "--head", "linear", "--ignore-index", "255", "--max-steps", "2")
+    run = tmp_path / "run"
+    root = write_made_up(tmp_path / "data", "mask", targets={"train": np.full((12, 16, 16), 255)})
+    got = finetune("made-up", root, run, "--init", explora_run, *words)
+    assert got.status == 0, got.err
+    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+    got = run_command("finetune", "--resume", run, "--max-steps", "6")
+    assert got.status == 2, got.err
+    assert "the training masks hold nothing but the ignored value 255" in got.err
+    assert [row["step"] for row in read_metrics(run / "metrics.csv")] == [1, 2], "at the third step, the end of a pass"
+
+
+def test_a_longer_run_whose_added_steps_meet_no_label(explora_run: Path, tmp_path: Path, few: None) -> None:
+    """Those before did."""
+    words = ("--task", "segmentation", "--head", "linear", "--ignore-index", "255", "--max-steps", "2")
+    run, masks = tmp_path / "run", np.full((12, 16, 16), 255)
+    order = [index for keys in StepBatchSampler(12, 4, 3, seed=0) for _, index in keys]
+    masks[order[:8]] = make_up("mask", 8)[1]
+    root = write_made_up(tmp_path / "data", "mask", targets={"train": masks})
+    assert finetune("made-up", root, run, "--init", explora_run, *words).status == 0
+    got = run_command("finetune", "--resume", run, "--max-steps", "3")
+    assert got.status == 0, got.err
+    losses = [row["loss"] for row in read_metrics(run / "metrics.csv")]
+    assert [loss > 0 for loss in losses] == [True, True, False]
+
+
 def test_masks_of_a_dataset_that_does_not_tell_its_classes(refused: Refused, tmp_path: Path, few: None) -> None:
     words = ("--task", "segmentation", "--head", "linear", "--num-classes", "3", "--crop-scale", "1,1")
     for at, begun in ((0, False), (4, True)):  # the second is met in training
@@ -162,13 +194,14 @@ def test_a_test_split_that_is_not_as_it_should_be(
     root = shutil.copytree(classes, tmp_path / "data")
     (root / "test.npz").unlink()
     refused(root=root, contains=["test.npz"])
-    for folder in own_tree.glob("fmow-sentinel/test_gt*"):
-        shutil.rmtree(folder)
+    next(own_tree.glob("fmow-sentinel/test_gt/*/*/*.tif")).unlink()
     contains = ["tiles that", "test_gt.csv names are missing", "Unpack the missing part"]
     refused(root=own_tree, dataset="fmow-sentinel", contains=contains)
-    (own_tree / "test_gt.csv").unlink()
+    shutil.rmtree(own_tree / "fmow-sentinel/test_gt")
     got = finetune("fmow-sentinel", own_tree, tmp_path / "run", "--init", explora_run, "--max-steps", "1")
     assert got.status == 0, got.err
+    assert "test_gt.csv names is there" in got.err
+    assert "warning" in got.err
     assert json.loads((tmp_path / "run/run.json").read_text())["best"]["split"] == "val"
 
 

@@ -81,7 +81,7 @@ def test_killed_after_a_checkpoint(
 def test_killed_between_a_better_validation_and_its_checkpoint(
     root: Path, explora_run: Path, tmp_path: Path, comparable: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """best.pt is then newer than last.ckpt; validations of a resumed run come again."""
+    """The best weights are then newer than last.ckpt; validations of a resumed run come again."""
     run, whole = tmp_path / "run", tmp_path / "whole"
     words = ("--init", explora_run, *LONG, "--eval-every", "1", "--checkpoint-every", "2", "--patience", "9")
     assert finetune("made-up", root, whole, *words).status == 0
@@ -101,6 +101,72 @@ def test_killed_between_a_better_validation_and_its_checkpoint(
     assert got.status == 130, "some validation after step 2 is a better one"
     got = run_command("finetune", "--resume", run)
     assert got.status == 0, got.err
+    assert_equal(run, whole, comparable)
+
+
+def scored(patch: pytest.MonkeyPatch, scores: dict[int, float], dies: int | None = None) -> None:
+    """Validations find these scores by step; a run dies right after the validation of a step."""
+    from geoexplora.tasks.finetune.validation import Validation
+
+    judge = Validation._judge
+
+    def evaluate(self: Any, task: Any, bf16: bool) -> dict[str, float]:
+        return {self.monitor: scores[task.trainer.global_step]}
+
+    def judge_and_die(self: Any, step: int, *args: Any, **more: Any) -> None:
+        judge(self, step, *args, **more)
+        if step == dies:
+            raise KeyboardInterrupt
+
+    patch.setattr(Validation, "evaluate", evaluate)
+    patch.setattr(Validation, "_judge", judge_and_die)
+
+
+def names_in(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def test_a_better_validation_that_does_not_come_again(
+    root: Path, explora_run: Path, tmp_path: Path, comparable: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before its checkpoint, on a device that does not repeat to the bit: the best weights are those before."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    words = ("--init", explora_run, *LONG, "--eval-every", "1", "--checkpoint-every", "2")
+    scores = {1: 0.1, 2: 0.5, 3: 0.3, 4: 0.3, 5: 0.3, 6: 0.3}
+    with monkeypatch.context() as patch:
+        scored(patch, scores)
+        assert finetune("made-up", root, whole, *words).status == 0
+    assert names_in(whole) == ["best-2.pt", "last.ckpt", "previous.ckpt"]
+    with monkeypatch.context() as patch:
+        scored(patch, scores | {3: 0.9}, dies=3)
+        assert finetune("made-up", root, run, *words).status == 130
+    assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+    assert names_in(run) == ["best-2.pt", "best-3.pt", "last.ckpt"]
+    with monkeypatch.context() as patch:
+        scored(patch, scores)
+        got = run_command("finetune", "--resume", run)
+    assert got.status == 0, got.err
+    assert "best weights, of step 2" in got.err
+    assert names_in(run) == names_in(whole)
+    assert_equal(run, whole, comparable)
+
+
+def test_a_damaged_last_checkpoint(
+    root: Path, explora_run: Path, tmp_path: Path, comparable: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one before it finds the best weights of then."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    words = ("--init", explora_run, *LONG, "--eval-every", "1", "--checkpoint-every", "2")
+    scores = {1: 0.1, 2: 0.5, 3: 0.6, 4: 0.7, 5: 0.3, 6: 0.8}
+    scored(monkeypatch, scores)
+    assert finetune("made-up", root, run, *words).status == 0
+    assert names_in(run) == ["best-4.pt", "best-6.pt", "last.ckpt", "previous.ckpt"]
+    scores[6] = 0.2
+    assert finetune("made-up", root, whole, *words).status == 0
+    (run / "checkpoints/last.ckpt").write_bytes(b"PK")
+    got = run_command("finetune", "--resume", run)
+    assert got.status == 0, got.err
+    assert "last.ckpt is damaged" in got.err
     assert_equal(run, whole, comparable)
 
 

@@ -79,7 +79,7 @@ def test_the_best_weights_are_kept(data: dict[tuple[str, Kind], Path], explora_r
     record = json.loads((run / "run.json").read_text())
     assert record["best"]["step"] == best
     assert best < 8, "the last step is not the best; choose another learning rate for this test"
-    assert torch.load(run / "checkpoints/best.pt", weights_only=True)["step"] == best
+    assert torch.load(run / f"checkpoints/best-{best}.pt", weights_only=True)["step"] == best
 
     # The same run cut off after that step has the same weights (its cosine is that of the long run).
     from geoexplora.tasks.finetune import validation

@@ -13,7 +13,10 @@ import pytest
 from numpy.typing import NDArray
 from sklearn.utils.class_weight import compute_class_weight
 
+from geoexplora.datamodules.fmow_rgb import FMoWRGBDataModule
+from geoexplora.datamodules.fmow_sentinel import FMoWSentinelDataModule
 from geoexplora.datamodules.torchgeo_source import TorchGeoDataModule
+from geoexplora.datasets.sample_rgb_tree import write_fmow_rgb_tree
 from geoexplora.datasets.tiles import Tile
 from geoexplora.errors import ConfigError, DataError
 from geoexplora.tasks import labelled_data
@@ -181,6 +184,17 @@ def test_a_class_that_a_sample_lacks(caplog: pytest.LogCaptureFixture) -> None:
     assert "cannot be learned" not in caplog.text
 
 
+@pytest.mark.parametrize(("task", "kind"), [("classification", "class"), ("segmentation", "mask")])
+def test_a_few_images_that_lack_a_class_say_nothing(
+    task: str, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of many classes 64 images nearly always lack some: a warning each time would not be read any more."""
+    monkeypatch.setattr(labelled_data, "FEW", 4)
+    labels = np.asarray(TWELVE) if kind == "class" else masks_of(*TWELVE)
+    look_at_labels(options(task=task), datamodule_of(kind, labels))
+    assert not caplog.text
+
+
 def test_an_ignored_class_is_not_missed(caplog: pytest.LogCaptureFixture) -> None:
     look_at_labels(options(task="segmentation"), datamodule_of("mask", masks_of(0, 1, 2), ignore=0))
     assert not caplog.text
@@ -283,3 +297,47 @@ def test_a_test_split_that_is_not_there_or_broken(tmp_path: Path, caplog: pytest
     assert look() == "val"
     assert "finds no LoveDA" in caplog.text
     assert "(split test): the best weights will be tested on the val split" in caplog.text
+
+
+@pytest.mark.parametrize("missing", ["error", "skip"])
+def test_a_test_split_that_is_announced_but_not_there(
+    missing: Any, own_tree: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A csv file comes with the others; the tiles are another archive. Some that are missing are another matter."""
+
+    def look() -> str:
+        return look_at_labels(options(), FMoWSentinelDataModule(own_tree, missing=missing)).tested_on
+
+    assert look() == "test"
+    files = sorted((own_tree / "fmow-sentinel/test_gt").rglob("*.tif"))
+    files[0].unlink()
+    if missing == "error":
+        with pytest.raises(DataError, match=rf"1 of the {len(files)} tiles that .*test_gt\.csv names are missing"):
+            look()
+    else:
+        assert look() == "test"
+    caplog.clear()
+    shutil.rmtree(own_tree / "fmow-sentinel/test_gt")
+    assert look() == "val"
+    assert f"none of the {len(files)} tiles that {own_tree / 'test_gt.csv'} names is there" in caplog.text
+    assert "the best weights will be tested on the val split" in caplog.text
+
+
+@pytest.mark.parametrize("missing", ["error", "skip"])
+def test_a_list_of_test_images_that_are_not_there(
+    missing: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = write_fmow_rgb_tree(tmp_path / "data", (24, 40), limit=2)
+    for split in ("train", "val", "test"):
+        images = sorted((root / f"fmow-rgb/{split}{'_gt' if split == 'test' else ''}").rglob("*_rgb.jpg"))
+        rows = [f"{path.parent.parent.name},{path.relative_to(root / 'fmow-rgb')},2016-01-01" for path in images]
+        (root / f"{split}_62classes.csv").write_text("\n".join(rows) + "\n")
+
+    def look() -> str:
+        return look_at_labels(options(), FMoWRGBDataModule(root, missing=missing)).tested_on
+
+    assert look() == "test"
+    shutil.rmtree(root / "fmow-rgb/test_gt")
+    assert look() == "val"
+    assert "test_62classes.csv is there" in caplog.text
+    assert "the best weights will be tested on the val split" in caplog.text

@@ -11,10 +11,11 @@ import pytest
 import timm
 import torch
 
-from geoexplora.bands import FMOW_SENTINEL_STATISTICS, IMAGENET_STATISTICS
+from geoexplora.bands import FMOW_SENTINEL_STATISTICS, IMAGENET_STATISTICS, SENTINEL2
 from geoexplora.datasets.statistics import band_statistics
 from geoexplora.errors import ConfigError, WeightsError
 from geoexplora.registry import DATASETS
+from geoexplora.tasks.encoders import fit_encoder
 from geoexplora.tasks.opening import open_encoder
 from geoexplora.transforms.normalization import Normalization
 from geoexplora.weights.files import read_weights
@@ -166,11 +167,19 @@ def test_fewer_bands_keep_the_statistics_of_the_weights(source: Any) -> None:
     assert opened.spec.band_init is None
 
 
-def landsat(tmp_path: Any) -> Any:
-    bands = ("B4", "B3", "B2")
+@pytest.mark.usefixtures("known_sensor")
+def test_other_names_of_the_same_bands_keep_the_statistics_of_the_weights(source: Any) -> None:
+    opened = open_encoder(options(init=source[0], bands=("B02", "green", "B04", "b8")), "class")
+    assert opened.spec.bands == opened.datamodule.bands == BANDS
+    assert opened.datamodule.normalization.to_dict() == opened.spec.normalization == NORMALIZATION
+
+
+def landsat(tmp_path: Any, bands: tuple[str, ...] = ("B4", "B3", "B2"), sensor: str = "landsat-oli") -> Any:
     spec = EncoderSpec.of(
-        "vit_pico", image_size=16, patch_size=8, sensor="landsat-oli", bands=bands,
-        normalization={"method": "standardize", "bands": list(bands), "mean": [0.1] * 3, "std": [0.1] * 3},
+        "vit_pico", image_size=16, patch_size=8, sensor=sensor, bands=bands,
+        normalization={
+            "method": "standardize", "bands": list(bands), "mean": [0.1] * len(bands), "std": [0.1] * len(bands)
+        },
     )  # fmt: skip
     save_encoder(tmp_path / "landsat.safetensors", build_encoder(spec).state_dict(), spec)
     return tmp_path / "landsat.safetensors"
@@ -198,6 +207,21 @@ def test_bands_of_another_sensor_by_name(tmp_path: Any) -> None:
     assert opened.datamodule.normalization.to_dict() == opened.spec.normalization == published
 
 
+@pytest.mark.usefixtures("known_sensor")
+@pytest.mark.parametrize(
+    ("sensor", "trained", "asked"),
+    [
+        ("landsat-oli", ("B4", "B3", "B2"), ("red", "green", "blue")),
+        ("landsat-oli", ("B5", "B3", "B2"), ("nir08", "green", "blue")),  # B8A of Sentinel-2, whose B5 is another
+        ("rgb", ("R", "G", "B"), ("red", "green", "blue")),
+    ],
+)
+def test_common_names_are_those_of_the_data(tmp_path: Any, sensor: str, trained: Any, asked: Any) -> None:
+    opened = open_encoder(options(init=landsat(tmp_path, trained, sensor), bands=asked), "class")
+    assert opened.spec.sensor == "sentinel-2"
+    assert opened.spec.bands == opened.datamodule.bands == SENTINEL2.select(asked)
+
+
 def test_weights_that_do_not_tell_their_normalization(tmp_path: Any) -> None:
     spec = EncoderSpec.of(
         "vit_pico", image_size=16, patch_size=8, sensor="sentinel-2", bands=BANDS, normalization={}
@@ -209,6 +233,49 @@ def test_weights_that_do_not_tell_their_normalization(tmp_path: Any) -> None:
     opened = open_encoder(options(init=tmp_path / "a.safetensors", normalization="clip-float"), "class")
     assert opened.spec.normalization == opened.datamodule.normalization.to_dict()
     assert opened.spec.bands == BANDS
+
+
+# An encoder whose norm comes after pooling
+
+
+@pytest.fixture
+def pooled(tmp_path: Any) -> Any:
+    """One of timm's for photographs, and what it makes of images."""
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=16, patch_size=8, depth=2, num_classes=0, global_pool="avg"
+    ).eval()
+    torch.nn.init.uniform_(model.fc_norm.weight, 0.5, 2)
+    torch.save({"model": model.state_dict()}, tmp_path / "pooled.pth")
+    return {"init": tmp_path / "pooled.pth", "dataset": "resisc45", "root": write_resisc45(tmp_path / "data")}, model
+
+
+def test_other_statistics_leave_the_encoder_as_it_is(pooled: Any) -> None:
+    given, model = pooled
+    opened = open_encoder(options(**given, statistics="dataset"), "class")
+    assert opened.spec.style.pooled_norm
+    assert opened.spec.normalization == opened.datamodule.normalization.to_dict()
+    assert opened.spec.normalization["mean"] != IMAGENET_STATISTICS.normalization("standardize")["mean"]
+    images = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(opened.encoder(images), model(images))
+
+
+def test_another_patch_size_leaves_the_norm_where_it_is(pooled: Any) -> None:
+    given, model = pooled
+    opened = open_encoder(options(**given, patch_size=4), "class")
+    assert opened.spec.style.pooled_norm
+    assert opened.spec == EncoderSpec.from_metadata(opened.spec.to_metadata())
+    assert opened.encoder.fc_norm.weight.equal(model.fc_norm.weight)
+    assert isinstance(opened.encoder.norm, torch.nn.Identity)
+
+
+def test_rounded_statistics_are_the_same(grouped: Any) -> None:
+    rounded = NORMALIZATION | {"mean": [value * (1 + 1e-8) for value in NORMALIZATION["mean"]]}  # type: ignore[attr-defined]
+    fitted = fit_encoder(read_weights(grouped), sensor="sentinel-2", bands=BANDS, normalization=rounded)
+    assert fitted.spec.normalization == rounded, "what the data are normalized by"
+    other = NORMALIZATION | {"std": [5.0, 5.0, 5.0, 6.0]}
+    with pytest.raises(WeightsError, match=r"std of B8 5, now 6\n.*allow_normalization_mismatch"):
+        fit_encoder(read_weights(grouped), sensor="sentinel-2", bands=BANDS, normalization=other)
 
 
 # Where the weights come from

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,8 @@ import rasterio
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset
 from torchgeo.datamodules import (
     BaseDataModule,
@@ -372,6 +375,40 @@ def test_pixels_that_are_not_finite_hold_the_mean() -> None:
     got = adapter({"image": image})["image"]
     assert got[0, 1, 2, 2] == got[0, 0, 0, 0] == 0
     assert torch.isfinite(got).all()
+
+
+class Copies(TorchDispatchMode):
+    """Counts tensors that are brought from the host to the device meta."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and result.is_meta:
+            given = tree_leaves((args, kwargs))
+            self.count += any(isinstance(value, Tensor) and not value.is_meta for value in given)
+        return result
+
+
+def test_a_batch_waits_for_no_copy_of_constants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy from the host's memory waits until the GPU has done all before; the device meta stands for one here."""
+    datamodule = opened(SSL4EOLDataModule(batch_size=1, root=write_ssl4eo_l(tmp_path, "tm_toa"), split="tm_toa"))
+    bands = ("B4", "B6", "B1")
+    adapter = BatchAdapter(
+        datamodule, LANDSAT_TM, DataImages.of(datamodule).normalization().select(bands), image_size=8
+    )
+    images = torch.rand(2, 7, 4, 4)
+    adapter({"image": images})
+    adapter._looked = True  # at values, which meta has not; nor has it autocast
+    monkeypatch.setattr(torch, "autocast", lambda *given, **more: nullcontext())
+    counts = []
+    for _ in range(2):
+        with Copies() as copies:
+            adapter({"image": images.to("meta")})
+        counts.append(copies.count - 1)  # the batch's own
+    assert counts == [6, 0], "once: positions, scale, offset, mean, and the normalization's two"
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ class ClassTask(ClassificationMixin, FineTuneTask):
             super().configure_losses()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Check the targets of the first epoch, not of all: it waits for the device."""
+        """Check the targets of the first epoch, not of all: where the loader has not, it waits for the device."""
         super().on_train_batch_start(batch, batch_idx)
         if self.trainer.current_epoch == 0:
             self._check(batch)
@@ -78,10 +78,17 @@ class ClassTask(ClassificationMixin, FineTuneTask):
         self._check(batch)
 
     def _check(self, batch: Any) -> None:
-        datamodule = getattr(self.trainer, "datamodule", None)
-        checked = isinstance(datamodule, TilesDataModule) and datamodule.classes  # as it reads, naming the file
-        if not checked:
+        if self.is_multilabel or not self._loader_checks():
             self.check_target(batch[self.target_key])
+
+    def _loader_checks(self) -> bool:
+        """Whether the loader has checked the targets against these classes as it read them, naming the file."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if not isinstance(datamodule, TilesDataModule):
+            return False
+        known = datamodule.num_classes or len(datamodule.classes)
+        ignores_alike = datamodule.ignore_index in {None, self.hparams["ignore_index"]}
+        return 0 < known <= self.count and (self.target_key != "mask" or ignores_alike)
 
     def check_target(self, target: Tensor) -> None:
         """Refuse targets that no output stands for: on a GPU they would end as an assertion of the device.

@@ -21,12 +21,13 @@ from geoexplora.runs.metrics import Metrics, read_metrics
 from geoexplora.runs.plots import plot_loss
 from geoexplora.runs.progress import progress_callback
 from geoexplora.tasks.callbacks import MetricsWriter, StepClock, check_finite
+from geoexplora.tasks.finetune.best import best_step, best_weights, load_best, remove_outdated
 from geoexplora.tasks.finetune.building import build_finetuning
 from geoexplora.tasks.finetune.evaluation import Evaluation, evaluate
 from geoexplora.tasks.finetune.exports import export_model
 from geoexplora.tasks.finetune.pictures import draw_predictions
 from geoexplora.tasks.finetune.task import FineTuneTask
-from geoexplora.tasks.finetune.validation import Validation, best_weights, load_best
+from geoexplora.tasks.finetune.validation import Validation
 from geoexplora.tasks.health import sample_names
 from geoexplora.tasks.labelled_data import KINDS, look_at_labels
 from geoexplora.tasks.opening import open_encoder, open_for
@@ -89,7 +90,7 @@ def finetune(options: Any) -> dict[str, float]:
             task.load_state_dict(saved["state_dict"])
         if not _has_stopped(saved, validation):
             fit(trainer, failure, task, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
-        return _finish(options, folder, task, datamodule, labels.tested_on) if leads else {}
+        return _finish(options, folder, task, datamodule, labels.tested_on, validation.state_key) if leads else {}
     finally:
         if leads:
             folder.close()
@@ -128,10 +129,7 @@ def _validation(
         )
     every = options.eval_every or max(1, round(schedule.steps_per_epoch))
     mode = "min" if monitor.endswith("loss") else task.mode
-    return Validation(
-        datamodule, metrics, folder.best_file, every, monitor, mode, options.patience, StepClock(),
-        schedule.steps_per_epoch,
-    )  # fmt: skip
+    return Validation(datamodule, metrics, folder.best_file, every, monitor, mode, options.patience, StepClock())
 
 
 def _trainer(
@@ -162,9 +160,10 @@ def _trainer(
         if validation.best_score is None or validation.best_step == step:
             export_model(folder, task, options.task, step)
         elif validation.best_step != exported:
-            with best_weights(folder.best_file, task) as best:
+            with best_weights(folder.best_file(validation.best_step), task) as best:
                 export_model(folder, task, options.task, best)
         exported = validation.best_step
+        remove_outdated(folder, validation.state_key)
         _update(folder, step, validation.monitor)
         clock.go_on()
 
@@ -187,10 +186,11 @@ def _update(folder: RunFolder, step: int, monitor: str) -> None:
 
 
 def _finish(
-    options: Any, folder: RunFolder, task: FineTuneTask, datamodule: TilesDataModule, split: str
+    options: Any, folder: RunFolder, task: FineTuneTask, datamodule: TilesDataModule, split: str, state_key: str
 ) -> dict[str, float]:
-    """Take the best weights, test them, and bring the run folder up to date."""
-    step = load_best(folder.best_file, task)
+    """Take the best weights that the last checkpoint knows, test them, and bring the run folder up to date."""
+    step = load_best(folder.best_file(best_step(folder.last_checkpoint, state_key)), task)
+    remove_outdated(folder, state_key)  # a run may have been killed before it could
     export_model(folder, task, options.task, step)
     device = torch.device("cuda" if options.accelerator != "cpu" and torch.cuda.is_available() else "cpu")
     task.to(device)

@@ -5,11 +5,14 @@ Shapes: B batch, C bands, S image side, K classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from lightning.fabric.utilities.data import sized_len
 from torch import Tensor, nn
 
+from geoexplora.datamodules.tiles import TilesDataModule
 from geoexplora.errors import ConfigError, DataError
 from geoexplora.models.segmentation import SegmentationModel
 from geoexplora.tasks.finetune.class_task import ClassTask
@@ -58,7 +61,7 @@ class ExPLoRASegmentation(ClassTask):
     ) -> None:
         super().__init__(**kwargs)
         self._labelled: Tensor | bool = False
-        self._whole_epoch = False
+        self._batches = 0  # of the first pass over the training images, in this process
 
     def build_model(self, encoder: Any) -> nn.Module:
         """The segmentation model."""
@@ -91,25 +94,44 @@ class ExPLoRASegmentation(ClassTask):
         return output.float().softmax(1)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Take note of labelled pixels, without waiting for the device."""
-        super().on_train_batch_start(batch, batch_idx)
-        ignored = self.hparams["ignore_index"]
-        self._labelled = True if ignored is None else (batch["mask"] != ignored).any() | self._labelled
-        self._whole_epoch |= batch_idx == 0  # not where a checkpoint from the middle of an epoch was resumed
+        """Take note of labelled pixels during the first pass over the training images, and judge at its end.
 
-    def on_train_epoch_end(self) -> None:
-        """Refuse to go on where no training mask of an epoch held a class."""
-        if self._whole_epoch:
-            self.refuse_ignored_only()
-
-    def refuse_ignored_only(self) -> None:
-        """Refuse to go on where this training has met no labelled pixel yet; to be called by all processes at once.
+        Batches are counted, not images: all processes, which are to judge at once, have as many.
 
         Raises:
-            DataError: if no process has met one.
+            DataError: if no process has met a labelled pixel.
         """
-        if not self.trainer.strategy.reduce_boolean_decision(bool(self._labelled), all=False):
+        super().on_train_batch_start(batch, batch_idx)
+        ignored, length = self.hparams["ignore_index"], self._pass_length()
+        if ignored is None or self._batches >= length:
+            return
+        self._labelled = (batch["mask"] != ignored).any() | self._labelled  # without waiting for the device
+        self._batches += 1
+        if self._batches == length and not self._is_labelled():
             raise DataError(
-                f"the training masks hold nothing but the ignored value {self.hparams['ignore_index']}",
+                f"the training masks hold nothing but the ignored value {ignored}",
                 "Check ignore_index (--ignore-index) and the masks.",
             )
+
+    def _pass_length(self) -> float:
+        """Batches of each process in a pass over the training images; infinite where the loader does not tell."""
+        trainer: Any = self.trainer
+        if isinstance(trainer.datamodule, TilesDataModule):  # its loader may be as long as all of the training
+            images = len(trainer.datamodule.training_source)
+            return math.ceil(images / (trainer.datamodule.batch_size * trainer.world_size))
+        length = sized_len(trainer.train_dataloader)
+        return math.inf if length is None else length
+
+    def _is_labelled(self) -> bool:
+        """Whether a labelled pixel was met so far; to be asked by all processes at once."""
+        return bool(self.trainer.strategy.reduce_boolean_decision(bool(self._labelled), all=False))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what was met of the first pass, too."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["masks"] = {"batches": self._batches, "labelled": self._batches > 0 and self._is_labelled()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take it up again."""
+        super().on_load_checkpoint(checkpoint)
+        self._batches, self._labelled = checkpoint["masks"]["batches"], checkpoint["masks"]["labelled"]

@@ -23,6 +23,7 @@ from geoexplora.tasks.encoders import fit_encoder
 from geoexplora.tasks.optimization import parameter_groups
 from geoexplora.tasks.scheduled_task import ScheduledTask
 from geoexplora.transforms.mixing import random_erasing
+from geoexplora.weights.contract import Allowed
 from geoexplora.weights.files import read_weights
 from geoexplora.weights.load import build_encoder
 from geoexplora.weights.spec import EncoderSpec
@@ -66,6 +67,8 @@ class FineTuneTask(DataTask, ScheduledTask):
         normalization: ``Normalization.to_dict()`` of ``bands``; None: the encoder's, or that of the datamodule.
         image_size: S in pixels; None: the encoder's.
         band_init: how patch embeddings of bands that the encoder does not know start.
+        allow_normalization_mismatch: go on where weights of this package were trained with another normalization.
+        allow_band_mismatch: go on where weights of this package were trained on other bands of the same sensor.
         method: ``linear`` trains the head alone; ``lora``, ``adalora`` and ``dora`` also low-rank updates of Q and V
             in all blocks; ``full`` everything.
         rank: of the low-rank updates.
@@ -104,6 +107,8 @@ class FineTuneTask(DataTask, ScheduledTask):
         normalization: dict[str, Any] | None = None,
         image_size: int | None = None,
         band_init: str = "rgb-by-name",
+        allow_normalization_mismatch: bool = False,
+        allow_band_mismatch: bool = False,
         method: Method = "lora",
         rank: int = 8,
         alpha: float | None = None,
@@ -186,6 +191,7 @@ class FineTuneTask(DataTask, ScheduledTask):
             normalization=h["normalization"],
             image_size=h["image_size"],
             band_init=h["band_init"],
+            allowed=Allowed(h["allow_normalization_mismatch"], h["allow_band_mismatch"]),
             seed=h["seed"],
         )
         return fitted.encoder, fitted.spec

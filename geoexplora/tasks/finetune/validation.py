@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 
 from geoexplora.datamodules.tiles import TilesDataModule
 from geoexplora.errors import RunError
 from geoexplora.runs.metrics import Metrics
 from geoexplora.tasks.callbacks import StepClock, check_finite
+from geoexplora.tasks.finetune.best import save_best
 from geoexplora.tasks.finetune.evaluation import evaluate
-from geoexplora.tasks.finetune.segmentation import ExPLoRASegmentation
-from geoexplora.tasks.finetune.task import FineTuneTask
-from geoexplora.weights.atomic import atomic_path
 
 log = logging.getLogger(__name__)
 
@@ -39,26 +34,24 @@ class Validation(Callback):
     Args:
         datamodule: with a split ``val``.
         metrics: receives columns ``val_*``.
-        best_file: where the best weights are kept.
+        best_file: where the best weights are kept, by their step.
         every_n_steps: N.
         monitor: the metric that decides, as in metrics.csv; ``val_loss`` too.
         mode: ``max`` or ``min``.
         patience: validations without a better value before training stops; None: it never does.
         clock: paused during a validation.
-        steps_per_epoch: passes over the training images, in steps.
     """
 
     def __init__(
         self,
         datamodule: TilesDataModule,
         metrics: Metrics,
-        best_file: Path,
+        best_file: Callable[[int], Path],
         every_n_steps: int,
         monitor: str,
         mode: str,
         patience: int | None,
         clock: StepClock,
-        steps_per_epoch: float,
     ) -> None:
         self.datamodule = datamodule
         self.metrics = metrics
@@ -68,12 +61,11 @@ class Validation(Callback):
         self.sign = 1.0 if mode == "max" else -1.0
         self.patience = patience
         self.clock = clock
-        self.steps_per_epoch = steps_per_epoch
         self.best_score: float | None = None
         self.best_step = 0
         self.waited = 0
-        self._begin = self._step = 0
-        self._has_seen_masks = self._has_told_ranks = False
+        self._step = 0
+        self._has_told_ranks = False
 
     @property
     def has_stopped(self) -> bool:
@@ -92,7 +84,7 @@ class Validation(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remember where training starts."""
-        self._begin = self._step = trainer.global_step
+        self._step = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -107,7 +99,6 @@ class Validation(Callback):
 
     def _validate(self, trainer: Trainer, task: Any) -> None:
         step = trainer.global_step
-        self._look_at_masks(step, task)
         state: dict[str, Any] = {}
         if trainer.is_global_zero:
             scores = self.evaluate(task, trainer.precision == "bf16-mixed")
@@ -126,13 +117,6 @@ class Validation(Callback):
         loader = self.datamodule.eval_dataloader("val")
         found = evaluate(task, loader, torch.bfloat16 if bf16 else None, check)
         return {f"val_{name}": value for name, value in found.overall().items()}
-
-    def _look_at_masks(self, step: int, task: Any) -> None:
-        """Once a whole epoch was seen: refuse to go on if none of its masks held a class; in all processes."""
-        whole_epoch = (math.ceil(self._begin / self.steps_per_epoch) + 1) * self.steps_per_epoch
-        if isinstance(task, ExPLoRASegmentation) and not self._has_seen_masks and step >= whole_epoch:
-            self._has_seen_masks = True
-            task.refuse_ignored_only()
 
     def _judge(self, step: int, score: float, task: Any, *, is_last: bool) -> None:
         """Keep the weights if they are the best.
@@ -154,70 +138,8 @@ class Validation(Callback):
                 self._has_told_ranks = True
         elif self.best_score is None or self.sign * score > self.sign * self.best_score:
             self.best_score, self.best_step, self.waited = score, step, 0
-            save_best(self.best_file, task, step, score)
+            save_best(self.best_file(step), task, step, score)
         else:
             self.waited += 1
         best = "none yet" if self.best_score is None else f"{self.best_score:.4f}"
         log.info("validation at step %d: %s %.4f, best %s", step, self.monitor, score, best)
-
-
-def save_best(path: Path, task: FineTuneTask, step: int, score: float) -> None:
-    """Keep what is trained, and the statistics of the head's norms.
-
-    Args:
-        path: the file to write, whole or not at all.
-        task: the task.
-        step: optimizer steps done.
-        score: the monitored metric.
-
-    Raises:
-        RunError: if it cannot be written.
-    """
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        torch.save({"tensors": _changing(task), "step": step, "score": score}, file)
-
-
-def load_best(path: Path, task: FineTuneTask) -> int:
-    """Put the best weights back, in place.
-
-    Returns:
-        The optimizer step that they are of.
-
-    Raises:
-        RunError: if the file is missing or not of this task.
-    """
-    try:
-        stored: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        tensors = stored["tensors"]
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, UnpicklingError) as problem:
-        raise RunError(f"cannot read the best weights {path}: {problem}", "Resume the run, or start anew.") from problem
-    if tensors.keys() != _changing(task).keys():
-        raise RunError(f"{path} holds the weights of another task", "Start the run anew with another --output.")
-    task.load_state_dict(tensors, strict=False)
-    return int(stored["step"])
-
-
-@contextmanager
-def best_weights(path: Path, task: FineTuneTask) -> Iterator[int]:
-    """The best weights in the place of the current ones, which come back bit by bit.
-
-    Yields:
-        The optimizer step that they are of.
-
-    Raises:
-        RunError: if the file is missing or not of this task.
-    """
-    current = {name: value.to("cpu", copy=True) for name, value in _changing(task).items()}
-    step = load_best(path, task)
-    try:
-        yield step
-    finally:
-        task.load_state_dict(current, strict=False)
-
-
-def _changing(task: FineTuneTask) -> dict[str, Tensor]:
-    """What training changes of a model, by name."""
-    frozen = {name for name, parameter in task.named_parameters() if not parameter.requires_grad}
-    return {
-        name: value for name, value in task.state_dict().items() if name.startswith("model.") and name not in frozen
-    }

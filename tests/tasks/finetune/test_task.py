@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchgeo.tasks import Classification, Regression, SemanticSegmentation
 
-from geoexplora.errors import ConfigError
+from geoexplora.errors import ConfigError, WeightsError
 from geoexplora.tasks import ExPLoRAClassification, ExPLoRARegression, ExPLoRASegmentation
 from geoexplora.weights.load import build_encoder
 from geoexplora.weights.spec import EncoderSpec
+from geoexplora.weights.write import save_encoder
 
 B, K, S = 5, 4, 16
 RGB = ("R", "G", "B")
@@ -288,6 +291,46 @@ def test_groups() -> None:
     assert isinstance(task.model.head, nn.Linear)
     assert task.model.head.in_features == 2 * 128
     assert task.model(images_of()).shape == (B, K)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> str:
+    spec = spec_of()
+    save_encoder(tmp_path / "encoder.safetensors", build_encoder(spec).state_dict(), spec)
+    return str(tmp_path / "encoder.safetensors")
+
+
+def saved_and_read(task: Any, path: Path) -> Any:
+    trainer = Trainer(accelerator="cpu", devices=1, logger=False, fast_dev_run=True, enable_model_summary=False)
+    trainer.strategy.connect(task)
+    trainer.save_checkpoint(path)
+    return type(task).load_from_checkpoint(path, map_location="cpu")
+
+
+def test_another_normalization_must_be_allowed(source: str, tmp_path: Path) -> None:
+    own = NORMALIZATION | {"mean": [0.5] * 3}
+    given: dict[str, Any] = {"num_classes": K, "init": source, "normalization": own, "total_steps": 1}
+    with pytest.raises(WeightsError, match=r"mean of R 0, now 0.5.*\n.* allow_normalization_mismatch \(--allow-norm"):
+        ExPLoRAClassification(**given)
+    task = ExPLoRAClassification(allow_normalization_mismatch=True, **given)
+    assert task.spec.normalization == own
+    read = saved_and_read(task, tmp_path / "it.ckpt")
+    assert read.spec == task.spec
+    assert read.hparams["allow_normalization_mismatch"]
+
+
+def test_other_bands_must_be_allowed(source: str) -> None:
+    fewer = {"method": "standardize", "bands": ["R", "G"], "mean": [0.0] * 2, "std": [1.0] * 2}
+    given: dict[str, Any] = {
+        "num_classes": K,
+        "init": source,
+        "sensor": "rgb",
+        "bands": ["R", "G"],
+        "normalization": fewer,
+    }
+    with pytest.raises(WeightsError, match=r"B would be missing\n.* allow_band_mismatch \(--allow-band-mismatch"):
+        ExPLoRAClassification(**given)
+    assert ExPLoRAClassification(allow_band_mismatch=True, **given).spec.bands == ("R", "G")
 
 
 @pytest.mark.parametrize("loss", ["ce", "jaccard", "focal", "dice"])

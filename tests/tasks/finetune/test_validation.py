@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from geoexplora.errors import RunError
+from geoexplora.runs.folder import RunFolder
 from geoexplora.runs.metrics import Metrics
 from geoexplora.tasks import ExPLoRAClassification, ExPLoRASegmentation
 from geoexplora.tasks.callbacks import StepClock
-from geoexplora.tasks.finetune.validation import Validation, best_weights, load_best, save_best
+from geoexplora.tasks.finetune.best import best_weights, load_best, remove_outdated, save_best
+from geoexplora.tasks.finetune.validation import Validation
 from geoexplora.weights.load import build_encoder
 from geoexplora.weights.spec import EncoderSpec
 
@@ -81,13 +83,10 @@ def test_weights_of_another_task_or_none(tmp_path: Path) -> None:
         load_best(tmp_path / "broken.pt", task_of())
 
 
-def validation_of(
-    tmp_path: Path, mode: str = "max", patience: int | None = 2, steps_per_epoch: float = 1.0
-) -> Validation:
+def validation_of(tmp_path: Path, mode: str = "max", patience: int | None = 2) -> Validation:
     datamodule: Any = SimpleNamespace()
-    metrics = Metrics(tmp_path / "metrics.csv")
-    best, clock = tmp_path / "best.pt", StepClock()
-    return Validation(datamodule, metrics, best, 1, "val_X", mode, patience, clock, steps_per_epoch)
+    metrics, best_file = Metrics(tmp_path / "metrics.csv"), RunFolder(tmp_path).best_file
+    return Validation(datamodule, metrics, best_file, 1, "val_X", mode, patience, StepClock())
 
 
 @pytest.mark.parametrize(
@@ -105,7 +104,7 @@ def test_judgement(tmp_path: Path, mode: str, scores: list[float], best: int, st
         validation._judge(step, score, task, is_last=False)
     assert validation.best_step == best
     assert validation.has_stopped == stopped
-    assert torch.load(tmp_path / "best.pt", weights_only=True)["step"] == best
+    assert torch.load(tmp_path / f"checkpoints/best-{best}.pt", weights_only=True)["step"] == best
     other = validation_of(tmp_path, mode)
     other.load_state_dict(validation.state_dict())
     assert other.state_dict() == validation.state_dict()
@@ -164,7 +163,7 @@ def test_the_last_weights_count_whatever_their_ranks(tmp_path: Path) -> None:
     task, validation = task_of(method="adalora", rank=2, total_steps=1), validation_of(tmp_path)
     stepped(task, 1)
     validation._judge(1, 0.5, task, is_last=True)
-    assert load_best(tmp_path / "best.pt", task) == 1
+    assert load_best(tmp_path / "checkpoints/best-1.pt", task) == 1
 
 
 @pytest.mark.parametrize("method", ["lora", "adalora", "full"])
@@ -184,24 +183,24 @@ def test_best_weights_for_a_while(tmp_path: Path, method: Any) -> None:
     assert all(value.equal(current[name]) for name, value in task.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    ("begin", "steps_per_epoch", "validations", "looks"),
-    [
-        (0, 3.0, [1, 2, 3, 4, 6], [3]),
-        (0, 2.5, [2, 4, 6], [4]),
-        (0, 0.5, [1, 2], [1]),
-        (4, 3.0, [5, 6, 8, 9, 10], [9]),  # the epoch that was resumed in its middle is not whole
-        (6, 3.0, [8, 9], [9]),
-    ],
-)
-def test_masks_are_looked_at_after_a_whole_epoch(
-    tmp_path: Path, begin: int, steps_per_epoch: float, validations: list[int], looks: list[int]
-) -> None:
-    validation, looked = validation_of(tmp_path, steps_per_epoch=steps_per_epoch), []
-    task = task_of(ExPLoRASegmentation, head="linear")
-    validation.on_train_start(SimpleNamespace(global_step=begin), task)  # type: ignore[arg-type]
-    for step in validations:
-        task.refuse_ignored_only = lambda step=step: looked.append(step)
-        validation._look_at_masks(step, task)
-        validation._look_at_masks(step, task_of(method="linear"))
-    assert looked == looks
+def test_what_no_checkpoint_knows_is_removed(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.checkpoints.mkdir()
+
+    def left() -> list[str]:
+        return sorted(path.name for path in folder.checkpoints.iterdir() if path.suffix == ".pt")
+
+    for step in (2, 4, 6, 8):
+        folder.best_file(step).write_bytes(b"weights")
+    for path, step in ((folder.last_checkpoint, 6), (folder.previous_checkpoint, 4)):
+        torch.save({"callbacks": {"Validation": {"best_step": step}}}, path)
+    remove_outdated(folder, "Validation")
+    assert left() == ["best-4.pt", "best-6.pt"]
+    folder.previous_checkpoint.unlink()
+    whole = folder.last_checkpoint.read_bytes()
+    folder.last_checkpoint.write_bytes(whole[: len(whole) // 2])
+    remove_outdated(folder, "Validation")
+    assert left() == ["best-4.pt", "best-6.pt"], "what a damaged checkpoint knows is not removed"
+    folder.last_checkpoint.write_bytes(whole)
+    remove_outdated(folder, "Validation")
+    assert left() == ["best-6.pt"]

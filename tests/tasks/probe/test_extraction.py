@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torchgeo.datasets
+from PIL import Image
 from torch import nn
-from torchgeo.datasets import RESISC45, NonGeoDataset, So2Sat
+from torchgeo.datasets import RESISC45, MillionAID, NonGeoDataset, So2Sat
 
 from geoexplora.datamodules import FMoWRGBDataModule, FMoWSentinelDataModule
 from geoexplora.datamodules.torchgeo_source import TorchGeoDataModule
-from geoexplora.datasets import write_fmow_rgb_tree
+from geoexplora.datasets import file_tree, write_fmow_rgb_tree
 from geoexplora.datasets.torchgeo_source import TorchGeoTiles
 from geoexplora.models.group_channel_vit import GroupChannelVisionTransformer
 from geoexplora.models.pooling import pooled_features
@@ -27,11 +29,13 @@ from geoexplora.tasks.features import ProbeFeatures
 from geoexplora.tasks.opening import OpenedEncoder
 from geoexplora.tasks.probe import extraction as module
 from geoexplora.tasks.probe import store as store_module
+from geoexplora.tasks.probe.evaluation import Result
 from geoexplora.tasks.probe.extraction import Extraction
+from geoexplora.tasks.probe.report import write_report
 from geoexplora.weights.load import build_encoder
 from geoexplora.weights.spec import EncoderSpec
 
-from ...datasets.torchgeo_trees import write_resisc45, write_so2sat
+from ...datasets.torchgeo_trees import photograph, write_resisc45, write_so2sat
 
 BANDS = ("B2", "B3", "B4")
 
@@ -215,6 +219,54 @@ def test_listed_files_belong_to_the_key(tmp_path, monkeypatch):
     assert TorchGeoTiles(RESISC45("data")).fingerprint() != first
 
 
+def of_millionaid(root, split="train"):
+    return TorchGeoTiles(MillionAID(root, split=split))
+
+
+def test_files_in_a_list_of_dicts_belong_to_the_key(tmp_path, monkeypatch):
+    """Whatever else lies under the root; the folders of the files are their classes."""
+    for index, name in enumerate(("dam", "river")):
+        folder = tmp_path / "data/train/water_area" / name
+        folder.mkdir(parents=True)
+        Image.fromarray(photograph(index)).save(folder / f"{index}.jpg")
+    monkeypatch.chdir(tmp_path)
+    first = of_millionaid("data").fingerprint()
+    (tmp_path / "data/test").mkdir()
+    (tmp_path / "data/test/another.jpg").touch()
+    assert of_millionaid(tmp_path / "data").fingerprint() == first
+    tile = tmp_path / "data/train/water_area/dam/0.jpg"
+    state = tile.stat()
+    os.utime(tile, ns=(0, state.st_mtime_ns + 1))
+    assert of_millionaid("data").fingerprint() != first
+    os.utime(tile, ns=(0, state.st_mtime_ns))
+    assert of_millionaid("data").fingerprint() == first
+    tile.parent.rename(tile.parent.with_name("lake"))
+    assert of_millionaid("data").fingerprint() != first
+
+
+class Listing(NonGeoDataset):
+    """Images in files whose names are told from the root on."""
+
+    def __init__(self, root):
+        self.root, self.files = root, ["0.npy", "1.npy"]
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        return {"image": torch.from_numpy(np.load(self.root / self.files[index]))}
+
+
+def test_files_that_are_listed_from_the_root_on_belong_to_the_key(tmp_path):
+    for index in range(2):
+        np.save(tmp_path / f"{index}.npy", np.full((3, 4, 4), float(index)))
+    first = TorchGeoTiles(Listing(tmp_path)).fingerprint()
+    (tmp_path / "other.npy").touch()
+    assert TorchGeoTiles(Listing(tmp_path)).fingerprint() == first
+    os.utime(tmp_path / "1.npy", ns=(0, 0))
+    assert TorchGeoTiles(Listing(tmp_path)).fingerprint() != first
+
+
 class Folder(NonGeoDataset):
     """A dataset that does not tell which file holds an image."""
 
@@ -239,6 +291,27 @@ def test_where_no_files_are_told_all_count(tmp_path):
     assert TorchGeoTiles(Folder(str(other))).fingerprint() != first
     os.utime(one / "images/all.npy", ns=(0, 1))
     assert TorchGeoTiles(Folder(str(one))).fingerprint() != first
+
+
+class Labelled(Folder):
+    classes = ("dark", "bright")
+
+
+def test_features_below_the_root_do_not_change_their_key(tmp_path, monkeypatch):
+    """As those of ``--root data --output data/probe``: the files under the root are looked at once a run."""
+    monkeypatch.setattr(torchgeo.datasets, "Labelled", Labelled, raising=False)
+    root, looked_at = tmp_path / "data", []
+    root.mkdir()
+    (root / "all.npy").write_bytes(b"1234")
+    listed = file_tree._files
+    monkeypatch.setattr(file_tree, "_files", lambda root: looked_at.append(root) or listed(root))
+    for _ in range(2):
+        made = of_torchgeo("Labelled", root, root / "probe/features")
+        for _ in range(2):
+            assert made.features("train").labels.tolist() == [0, 1]
+        write_report(root / "probe", [Result("knn", None, [np.eye(2, dtype=np.int64)])], ("dark", "bright"), {})
+    assert len(folders(root / "probe/features")) == 1
+    assert len(looked_at) == 2
 
 
 def test_where_the_weights_came_from_does_not_matter(fmow_tree, tmp_path):
