@@ -55,7 +55,6 @@ from geoexplora.tasks.opening import open_data
 from geoexplora.tasks.pretrain.building import build_task
 from geoexplora.tasks.probe.probing import probe
 from geoexplora.tasks.schedule import Schedule
-from geoexplora.transforms.normalization import Normalization
 from geoexplora.weights.write import save_encoder
 
 BANDS = ("B2", "B3", "B4", "B5", "B6", "B7", "B8", "B8A", "B11", "B12")
@@ -318,9 +317,7 @@ class Experiment:
         rows, columns = block(fold)
         image = sample.read_scene().image[list(SENTINEL2.indices(task.spec.bands)), rows, columns].astype(np.float32)
         tiles = torch.from_numpy(image).unflatten(2, (-1, side)).unflatten(1, (-1, side)).permute(1, 3, 0, 2, 4)
-        with torch.inference_mode():
-            normalize = Normalization.from_dict(task.spec.normalization)
-            told = torch.stack([task.model(normalize(line)).argmax(1) for line in tiles])
+        told = torch.stack([task.predict(line).argmax(1) for line in tiles])
         return told.permute(0, 2, 1, 3).flatten(2, 3).flatten(0, 1).numpy()
 
     def tuned(self, task: str, method: str, fold: int = 0) -> float:

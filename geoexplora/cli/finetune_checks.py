@@ -66,6 +66,14 @@ def method(options: Any) -> Iterator[Finding]:
             yield Finding(("rank",), f"--rank must be at least 1, not {options.rank}.")
         if options.alpha is not None and not options.alpha > 0:
             yield Finding(("alpha",), f"--alpha must be above 0, not {options.alpha:g}.")
+    else:
+        # Only a warning: of a configuration for LoRA, run again with --method linear to compare, nothing else changes.
+        defaults = {name: field.default for name, field in type(options).__dataclass_fields__.items()}
+        for name in ("rank", "alpha"):
+            value = getattr(options, name)
+            if value != defaults[name]:
+                text = f"--{name} {value:g} changes nothing here: --method {options.method} has no low-rank updates."
+                yield Finding((name, "method"), text, "warning")
     if options.method != "full" and options.layer_decay != 1:
         text = (
             f"--layer-decay {options.layer_decay:g} is for --method full: with {options.method} the encoder's own"

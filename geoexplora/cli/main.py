@@ -1,6 +1,6 @@
 """The command line: ``geoexplora COMMAND``. Starts without torch; a command imports what it needs when it runs.
 
-Exit status: 0 done, 2 the user's input is wrong, 1 anything else, 130 interrupted.
+Exit status: 0 done, 2 the user's input is wrong, 1 anything else, 130 interrupted (Ctrl-C), 143 stopped by SIGTERM.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING
 from geoexplora import __version__
 from geoexplora.bands import nearest
 from geoexplora.cli.processes import is_first_process
+from geoexplora.cli.stopping import INTERRUPTED, TERMINATED, Terminated, sigterm_raises, way_on
 from geoexplora.errors import GeoExploraError, user_message
 
 if TYPE_CHECKING:
     from geoexplora.cli.command import Command
+    from geoexplora.cli.resolve import Request
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +39,6 @@ COMMANDS = {
 """Commands and what they do; each lives in the module of its name."""
 
 RESUMABLE = {"pretrain", "finetune"}
-
-INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,16 +61,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         hint = nearest(name, COMMANDS)
         return _fail("", f"unknown command {name!r}\n{hint}Commands: {', '.join(COMMANDS)}.")
+    output = None
     try:
-        with _log_to_stderr():
-            return _run(load_command(name), rest)
+        with _log_to_stderr(), sigterm_raises():
+            command, request = _resolve(name, rest)
+            output = getattr(request.options, "output", None)
+            return _run(command, request)
     except GeoExploraError as problem:
         return _fail(name, user_message(problem))
     except KeyboardInterrupt:
-        return _interrupted(name)
+        return _stopped(name, output, INTERRUPTED)
+    except Terminated:
+        return _stopped(name, output, TERMINATED)
     except SystemExit as problem:
         if isinstance(problem.__context__, KeyboardInterrupt):  # Lightning turns the one into the other
-            return _interrupted(name)
+            return _stopped(name, output, INTERRUPTED)
         raise
     except BrokenPipeError:
         # The reader of our output, such as `head`, has seen enough; nothing may be flushed into it at exit.
@@ -103,10 +108,16 @@ def load_command(name: str) -> Command:
     return command
 
 
-def _run(command: Command, words: Sequence[str]) -> int:
-    from geoexplora.cli.resolve import resolve, to_yaml
+def _resolve(name: str, words: Sequence[str]) -> tuple[Command, Request]:
+    from geoexplora.cli.resolve import resolve
 
-    request = resolve(command, words)
+    command = load_command(name)
+    return command, resolve(command, words)
+
+
+def _run(command: Command, request: Request) -> int:
+    from geoexplora.cli.resolve import to_yaml
+
     if request.help:
         sys.stdout.write(request.parser.format_help(vars(request.options), PROGRAM))
         return 0
@@ -127,10 +138,16 @@ def _fail(command: str, message: str) -> int:
     return 2
 
 
-def _interrupted(command: str) -> int:
-    hint = f" Go on with: {PROGRAM} {command} --resume RUN" if command in RESUMABLE else ""
-    sys.stderr.write(f"\n{PROGRAM} {command}: interrupted.{hint}\n")
-    return INTERRUPTED
+def _stopped(command: str, output: str | None, status: int) -> int:
+    """Say by what, and how to go on; of several processes only the first speaks."""
+    if is_first_process():
+        # A terminal shows ^C where Ctrl-C was typed: the message begins a new line.
+        what = "stopped by SIGTERM" if status == TERMINATED else "interrupted"
+        start = f"{PROGRAM} {command}"
+        hint = f" {way_on(start, output)}" if command in RESUMABLE and output else ""
+        newline = "\n" if status == INTERRUPTED else ""
+        sys.stderr.write(f"{newline}{start}: {what}.{hint}\n")
+    return status
 
 
 class _PlainLines(logging.Formatter):

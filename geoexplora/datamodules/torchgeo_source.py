@@ -78,7 +78,9 @@ class TorchGeoDataModule(TilesDataModule):
         )
         if isinstance(normalization, str):
             if statistics == "reference":
-                logger.info("no reference statistics are known for TorchGeo's %s: those of its training images", name)
+                logger.info(
+                    "no reference statistics are known for TorchGeo's %s; taking those of its training images", name
+                )
             normalization = Normalization.from_statistics(normalization, band_statistics(train, train.bands))
         super().__init__(
             self._class,

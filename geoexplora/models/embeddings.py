@@ -12,6 +12,8 @@ import torch
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
+from geoexplora.errors import ConfigError
+
 
 def sincos_1d(width: int, positions: Tensor) -> Tensor:
     """Sin-cos encoding of scalar positions (Vaswani et al. 2017, section 3.5).
@@ -76,6 +78,7 @@ class GroupPatchEmbed(nn.ModuleList):
             raise ValueError(f"groups {groups} must hold each of the {in_chans} input bands exactly once")
         super().__init__(PatchEmbed(img_size, patch_size, len(group), embed_dim, **kwargs) for group in groups)
         self.groups = tuple(tuple(group) for group in groups)
+        self.in_chans = in_chans
 
     @property
     def _first(self) -> PatchEmbed:
@@ -124,7 +127,15 @@ class GroupPatchEmbed(nn.ModuleList):
         Returns:
             (B, G * L, D): group by group, positions row by row within a group; (B, G, H/P, W/P, D) where the members
             keep the grid (``output_fmt="NHWC"``, which timm asks for where images are of any size).
+
+        Raises:
+            ConfigError: if the image has not C bands.
         """
+        if x.shape[1] != self.in_chans:  # of too many the groups would take the first ones, whatever they are
+            raise ConfigError(
+                f"the group-channel ViT takes {self.in_chans} bands, got {x.shape[1]}",
+                "Select the bands that it was built for, in their order.",
+            )
         embeds: Any = iter(self)
         tokens = [embed(x[:, list(group)]) for embed, group in zip(embeds, self.groups, strict=True)]
         return torch.stack(tokens, dim=1) if tokens[0].ndim == 4 else torch.cat(tokens, dim=1)

@@ -22,16 +22,19 @@ _ABSENT = "0.88"
 _ABSENT_NAME = "0.6"
 
 
-def plot_confusion(target: Path, matrix: npt.ArrayLike, classes: Sequence[str], title: str) -> None:
+def plot_confusion(
+    target: Path, matrix: npt.ArrayLike, classes: Sequence[str], title: str, *, counted: str = "samples"
+) -> None:
     """Draw which share of each class was taken for which.
 
-    Rows are divided by their sum; those of classes without samples are grey.
+    Rows are divided by their sum; those of classes that do not occur are grey.
 
     Args:
         target: the PNG to write, whole or not at all.
         matrix: (K, K), counts; a row for each true class, a column for each predicted one.
         classes: names of the K classes.
         title: above the picture.
+        counted: what is counted, in the plural.
 
     Raises:
         ValueError: if the shape is not that of the classes, or a count is negative or not finite.
@@ -69,7 +72,7 @@ def plot_confusion(target: Path, matrix: npt.ArrayLike, classes: Sequence[str], 
     axis.tick_params(which="both", length=0)
     axis.spines[:].set_color("0.7")
     axis.set_xlabel("predicted class")
-    axis.set_ylabel("true class (samples)")
+    axis.set_ylabel(f"true class ({counted})")
     figure.suptitle(title, fontsize=10)
     bar = figure.colorbar(drawn, ax=axis, fraction=0.5 / side, pad=0.02, format=PercentFormatter(1, 0, " %"))
     bar.set_label("share of the true class", fontsize=8)

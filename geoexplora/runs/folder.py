@@ -90,14 +90,14 @@ class RunFolder:
         Raises:
             RunError: if it already holds a run, cannot be written to, or another process is using it.
         """
-        self._acquire()
+        self._acquire(resumable=False)
         if self.holds_run:
             self.close()
             raise RunError(
                 f"{self.path} already holds a run",
                 "Go on with it by --resume, or name another folder with --output.",
             )
-        self._prepare()
+        self._prepare(resumable=False)
         return self
 
     def open(self) -> Self:
@@ -111,8 +111,8 @@ class RunFolder:
                 f"{self.path} holds no run to resume",
                 "Check the path: a run folder has config.yaml and checkpoints/. Leave out --resume to start a new run.",
             )
-        self._acquire()
-        self._prepare()
+        self._acquire(resumable=True)
+        self._prepare(resumable=True)
         return self
 
     def close(self) -> None:
@@ -127,20 +127,20 @@ class RunFolder:
     ) -> None:
         self.close()
 
-    def _acquire(self) -> None:
+    def _acquire(self, *, resumable: bool) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
         except OSError as problem:
-            raise write_failure(self.path, problem) from problem
+            raise write_failure(self.path, problem, resumable=resumable) from problem
 
-    def _prepare(self) -> None:
+    def _prepare(self, *, resumable: bool) -> None:
         try:
             for folder in (self.checkpoints, self.plots):
                 folder.mkdir(exist_ok=True)
         except OSError as problem:
             self.close()
-            raise write_failure(self.path, problem) from problem
+            raise write_failure(self.path, problem, resumable=resumable) from problem
         for folder in (self.path, self.checkpoints, self.plots, self.adapter):
             for left in remove_leftovers(folder):
                 log.info("removed %s, left half written by a run that was stopped", left)

@@ -17,7 +17,8 @@ def progress_callback(description: str = "Training", seconds: float = 10.0) -> P
     """The progress callback that suits where the output goes.
 
     Leave the trainer's ``enable_progress_bar`` as it is: Lightning then takes this one instead of its own. Both kinds
-    show what the task logs with ``prog_bar=True``, on rank zero only.
+    show what the task logs with ``prog_bar=True``, on rank zero only. ``at_step`` there is the step that the values are
+    of, which are not logged at each one.
 
     Args:
         description: what is going on.
@@ -44,11 +45,14 @@ class TerminalProgress(TQDMProgressBar):
 
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         """What stands behind the bar."""
-        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
+        metrics = _shown(super().get_metrics(trainer, pl_module))
+        if "at_step" in metrics:
+            metrics["at_step"] = f"{metrics['at_step']:.0f}"
+        return metrics
 
 
 class PlainProgress(ProgressBar):
-    """Log lines such as ``Training: step 120 of 1000, loss 0.412, 3.1 steps/s, 4:44 left``.
+    """Log lines such as ``Training: step 120 of 1000, loss 0.412 at step 100, 3.1 steps/s, 4:44 left``.
 
     The first step, the last one, and in between one line every so many seconds.
 
@@ -93,12 +97,20 @@ class PlainProgress(ProgressBar):
 
     def _line(self, step: int, total: int | None, now: float, metrics: dict[str, Any]) -> str:
         parts = [f"{self.description}: step {step}" + (f" of {total}" if total else "")]
-        parts += [f"{name} {_short(value)}" for name, value in metrics.items() if name != "v_num"]
+        metrics = _shown(metrics)
+        at = round(metrics.pop("at_step", step))
+        when = f" at step {at}" if at != step else ""
+        parts += [f"{name} {_short(value)}{when}" for name, value in metrics.items()]
         rate = (step - self._start_step) / max(now - self._start_time, 1e-9)
         parts.append(f"{rate:.3g} steps/s")
         if total and total > step:
             parts.append(f"{_duration((total - step) / rate)} left")
         return ", ".join(parts)
+
+
+def _shown(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Without the number of Lightning's log folder."""
+    return {name: value for name, value in metrics.items() if name != "v_num"}
 
 
 def _total_steps(trainer: Trainer) -> int | None:

@@ -153,3 +153,4 @@ class MetricsWriter(Callback):
             if self.watch is not None:
                 self.watch(row)
         pl_module.log("loss", float(means[0]), prog_bar=True, rank_zero_only=True)
+        pl_module.log("at_step", float(step), prog_bar=True, rank_zero_only=True)  # shown until the next row

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +21,7 @@ from geoexplora.weights.atomic import write_text
 log = logging.getLogger(__name__)
 
 PATIENCE = 20.0
-"""Seconds that a process which met an error waits for the first one to report it and end."""
+"""Seconds that a process which met an error, or was stopped, waits for the first one to report it and end."""
 
 
 def process_rank() -> int:
@@ -68,10 +69,28 @@ class SharedFailure(Callback):
             return None
 
 
+class KeepSigterm(Callback):
+    """Keeps what SIGTERM does to this process as it was before the training.
+
+    Lightning's own handler ends the program at the next step with exit status 0, as if the training were done, and
+    starts a collective from wherever the process is, which can hang. Goes before the trainer's other callbacks.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remember the handler: Lightning's is not there yet."""
+        self._handler = signal.getsignal(signal.SIGTERM)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put it back."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._handler)
+
+
 def fit(trainer: Trainer, failure: SharedFailure, *args: Any, **kwargs: Any) -> None:
     """``trainer.fit`` whose errors are the same in every process.
 
-    The first process reports an error of the user's, whichever process met it; the others end in silence.
+    The first process reports an error of the user's, whichever process met it; the others end in silence. If a signal
+    stops the first one, the others end as well.
 
     Args:
         trainer: the trainer.
@@ -85,6 +104,12 @@ def fit(trainer: Trainer, failure: SharedFailure, *args: Any, **kwargs: Any) -> 
     leads, parent = process_rank() == 0, os.getppid()
     try:
         trainer.fit(*args, **kwargs)
+    except SystemExit:  # stopped by a signal
+        if leads:
+            _end_others(trainer)
+        elif trainer.world_size > 1:
+            _wait_for_first(parent)
+        raise
     except Exception as problem:
         if leads:
             _end_others(trainer)

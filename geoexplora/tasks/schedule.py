@@ -10,6 +10,14 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 
+def cut_warmup(warmup: int, steps: int) -> int:
+    """The steps of a warm-up that leave one of all ``steps`` at the full learning rate, with a warning if fewer."""
+    least = max(0, steps - 1)
+    if warmup > least:
+        log.warning("the warm-up of %d steps is cut to %d: there are only %d steps", warmup, least, steps)
+    return min(warmup, least)
+
+
 @dataclass(frozen=True)
 class Schedule:
     """How long a training takes.
@@ -53,9 +61,7 @@ class Schedule:
         warmup = options.warmup_steps
         if warmup is None:
             warmup = round(options.warmup_epochs * images / images_per_step)
-        if warmup >= steps:
-            log.info("the warm-up of %d steps is cut to %d: there are only %d steps", warmup, steps - 1, steps)
-        return cls(steps, accumulate, images_per_step, min(warmup, steps - 1), images / images_per_step)
+        return cls(steps, accumulate, images_per_step, cut_warmup(warmup, steps), images / images_per_step)
 
     def in_steps(self, epochs: float, steps: int | None) -> int:
         """A length in optimizer steps: that in steps where it is given, or else that in epochs."""

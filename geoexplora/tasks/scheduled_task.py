@@ -12,7 +12,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchgeo.tasks import BaseTask
 
 from geoexplora.datamodules.sampling import generator
+from geoexplora.errors import ConfigError
 from geoexplora.tasks.optimization import cosine, warmup_cosine
+from geoexplora.tasks.schedule import cut_warmup
 
 
 class ScheduledTask(BaseTask):
@@ -27,8 +29,19 @@ class ScheduledTask(BaseTask):
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of all schedules."""
-        return int(self.hparams["total_steps"] or self.trainer.estimated_stepping_batches)
+        """Optimizer steps of all schedules.
+
+        Raises:
+            ConfigError: if the training images do not fill a batch: Lightning would end well without a step.
+        """
+        steps = int(self.hparams["total_steps"] or self.trainer.estimated_stepping_batches)
+        if steps == 0 and self.trainer.num_training_batches == 0:  # max_steps 0 is the user's own wish
+            size = getattr(self.trainer.train_dataloader, "batch_size", None)
+            raise ConfigError(
+                f"there are fewer training images on a device than a batch{f' of {size}' if size else ''} takes",
+                "Lower the data's batch_size, or train on more images.",
+            )
+        return steps
 
     def batch_seeds(self) -> tuple[int, int]:
         """What random numbers of a training step depend on besides the task's seed: batch and process."""
@@ -57,14 +70,18 @@ class ScheduledTask(BaseTask):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
     def adamw(self, groups: list[dict[str, Any]]) -> OptimizerLRScheduler:
-        """AdamW with a cosine and warm-up by step (He et al. 2022).
+        """AdamW with a cosine and warm-up by step (He et al. 2022); a warm-up longer than the run is cut.
 
         Args:
             groups: from ``parameter_groups``.
+
+        Raises:
+            ConfigError: if there is nothing to train on.
         """
         h = self.hparams
         optimizer = AdamW(groups, lr=h["lr"], betas=self.betas)
-        factor = warmup_cosine(self.total_steps, h["warmup_steps"], h["min_lr"] / h["lr"])
+        steps = self.total_steps
+        factor = warmup_cosine(steps, cut_warmup(h["warmup_steps"], steps), h["min_lr"] / h["lr"])
         schedule = LambdaLR(optimizer, [self.rate_factor(group["name"], factor) for group in groups])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

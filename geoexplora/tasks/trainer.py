@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, Trainer
 
 from geoexplora.errors import ConfigError
 from geoexplora.runs.folder import RunFolder
+from geoexplora.tasks.parallel import KeepSigterm
 from geoexplora.tasks.schedule import Schedule
 
 
@@ -38,7 +39,7 @@ def make_trainer(options: Any, schedule: Schedule, folder: RunFolder, callbacks:
             max_steps=schedule.steps,
             accumulate_grad_batches=schedule.accumulate,
             gradient_clip_val=options.clip_grad,
-            callbacks=list(callbacks),
+            callbacks=[KeepSigterm(), *callbacks],
             logger=False,
             limit_val_batches=0,
             num_sanity_val_steps=0,

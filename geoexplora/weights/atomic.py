@@ -30,7 +30,9 @@ def write_failure(path: Path, problem: OSError, *, resumable: bool = True) -> Ru
         resumable: whether it is a run, which can be gone on with.
     """
     reason = problem.strerror or str(problem)
-    again = "go on with --resume. What was written before is untouched." if resumable else "try again."
+    again = "go on with --resume. What was written before is untouched."
+    if not resumable:
+        again = "try again, or name another place with --output."
     if problem.errno in _FULL:
         remedy = f"Free some space or raise the quota, then {again}"
     elif problem.errno in _FORBIDDEN:

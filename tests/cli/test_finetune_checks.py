@@ -101,3 +101,21 @@ def test_all_at_once(finetune: Any) -> None:
     assert status == 2
     for text in ("4 settings are wrong", "--rank", "--head", "--loss", "--eval-every"):
         assert text in err
+
+
+@pytest.mark.parametrize("method", ["linear", "full"])
+def test_settings_of_low_rank_updates_that_change_nothing(finetune: Any, method: str) -> None:
+    status, err, options = finetune(*FULL, *INIT, "--method", method)
+    assert (status, options.rank) == (0, 8), "the recipe's rank is not the user's"
+    assert "changes nothing" not in err
+    status, err, _ = finetune(*FULL, *INIT, "--method", method, "--rank", "4", "--alpha", "2.5")
+    assert status == 0
+    assert f"warning: --rank 4 changes nothing here: --method {method} has no low-rank updates." in err
+    assert "warning: --alpha 2.5 changes nothing here" in err
+
+
+@pytest.mark.parametrize("method", ["lora", "adalora", "dora"])
+def test_settings_of_low_rank_updates(finetune: Any, method: str) -> None:
+    status, err, _ = finetune(*FULL, *INIT, "--method", method, "--rank", "4", "--alpha", "2.5")
+    assert status == 0
+    assert "changes nothing" not in err

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from geoexplora.runs.progress import PlainProgress
+
 EXPECTED = (
     r"classes: the 5 found in the csv files, not fMoW's 62",
     r"encoder from .*encoder\.safetensors \(geoexplora\): \d+ tensors matched",
@@ -54,3 +56,19 @@ def test_no_more_workers_than_cores(pretrain, tmp_path, monkeypatch):
     monkeypatch.setattr("geoexplora.tasks.parallel.os.sched_getaffinity", lambda _: {0})
     got = pretrain(tmp_path / "r", "--max-steps", "1", "--num-workers", "8")
     assert "reading data in 1 processes instead of 8: there are no more CPU cores" in got.err
+
+
+def test_a_loss_of_an_earlier_step_is_not_shown_as_of_this_one(pretrain, tmp_path, monkeypatch):
+    monkeypatch.setattr("geoexplora.tasks.pretrain.pretraining.progress_callback", lambda text: PlainProgress(text, 0))
+    got = pretrain(tmp_path / "r", "--max-steps", "4", "--log-every", "50")
+    assert got.status == 0, got.err
+    shown = re.findall(r"step \d of 4, (loss )[\d.]+(| at step \d), ", got.err)
+    assert shown == [("loss ", when) for when in ("", " at step 1", " at step 1", "")]
+
+
+def test_a_folder_that_cannot_be_made_is_not_to_be_resumed(pretrain):
+    got = pretrain("/proc/foo")
+    assert got.status == 2
+    assert "cannot write /proc/foo: " in got.err
+    assert "name another place with --output" in got.err
+    assert "--resume" not in got.err

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -140,6 +142,66 @@ def test_a_run_in_use(start, command, geoexplora, photo_run, tmp_path):
     got = geoexplora("pretrain", "--resume", run)
     assert got.status == 2
     assert f"{run} is in use by process {process.pid}" in got.err
+
+
+ENDLESS = ("--max-steps", "99999", "--log-every", "1")
+
+
+def stop_when(process, ready, number, seconds=60.0):
+    """Send a running process a signal once something is there; its exit status."""
+    deadline = time.monotonic() + seconds
+    while process.is_alive() and not ready() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert process.is_alive()
+    os.kill(process.pid, number)
+    process.join(seconds)
+    return process.exitcode
+
+
+def test_stopped_by_sigterm(start, command, photo_run, tmp_path):
+    """The end of a batch job, or ``timeout``: no success."""
+    run = tmp_path / "run"
+    process = start(command(run, "--init", photo_run, *ENDLESS, "--checkpoint-every", "2"))
+    assert stop_when(process, (run / "checkpoints/previous.ckpt").exists, signal.SIGTERM) == 143
+    err = (tmp_path / "err.txt").read_text()
+    assert err.count("SIGTERM") == 1
+    assert err.endswith(f"\ngeoexplora pretrain: stopped by SIGTERM. Go on with: geoexplora pretrain --resume {run}\n")
+    assert "Traceback" not in err
+    assert not (run / ".lock").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "what"), [(signal.SIGTERM, 143, "stopped by SIGTERM"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_stopped_before_the_first_checkpoint(start, command, photo_run, tmp_path, number, status, what):
+    run = tmp_path / "run"
+    process = start(command(run, "--init", photo_run, *ENDLESS, "--checkpoint-every", "99999"))
+    assert stop_when(process, (run / "metrics.csv").exists, number) == status
+    hint = f"There is no checkpoint yet. Start again with: geoexplora pretrain --resume {run}"
+    assert (tmp_path / "err.txt").read_text().endswith(f"\ngeoexplora pretrain: {what}. {hint}\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "ddp_fork"])
+@pytest.mark.parametrize("send", [os.kill, os.killpg], ids=["to the first", "to all"])
+def test_sigterm_ends_all_processes_of_the_console_command(command, photo_run, tmp_path, send, strategy):
+    run = tmp_path / "run"
+    more = ("--strategy", strategy, "--devices", "2", "--checkpoint-every", "2")
+    words = [sys.executable, "-m", "geoexplora", *command(run, "--init", photo_run, *ENDLESS, *more)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (tmp_path / "err.txt").open("w") as err:
+        process = subprocess.Popen(words, stderr=err, env=environment, start_new_session=True)
+        while not (run / "checkpoints/previous.ckpt").exists() and process.poll() is None:
+            time.sleep(0.01)
+        send(process.pid, signal.SIGTERM)
+        assert process.wait(60) == 143
+    assert (tmp_path / "err.txt").read_text().count("stopped by SIGTERM. Go on with:") == 1
+    deadline = time.monotonic() + 10
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)
+    assert time.monotonic() < deadline, "no process is left"
 
 
 @pytest.mark.slow

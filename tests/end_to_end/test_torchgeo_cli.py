@@ -207,6 +207,43 @@ def test_epochs_metrics_checkpoint_and_probe(
     assert got.status == 0, got.err
 
 
+def test_a_warm_up_longer_than_the_run_is_cut(
+    roots: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by the command line, so that the last step has the full rate; a resumed run has the same rates."""
+    rates: list[float] = []
+    step = ExPLoRAPretrain.optimizer_step
+
+    def watch(self: Any, epoch: int, batch_idx: int, optimizer: Any, closure: Any = None) -> None:
+        rates.append(max(group["lr"] for group in optimizer.param_groups))
+        step(self, epoch, batch_idx, optimizer, closure)
+
+    monkeypatch.setattr(ExPLoRAPretrain, "optimizer_step", watch)
+    config = pretrain(roots["EuroSATDataModule"], lr=0.01, warmup_steps=500)
+    config["trainer"] |= {"max_epochs": 2, "limit_train_batches": 2}
+    config["trainer"]["callbacks"] = [
+        {
+            "class_path": "lightning.pytorch.callbacks.ModelCheckpoint",
+            "init_args": {"dirpath": str(tmp_path), "filename": "{step}", "save_top_k": -1},
+        }
+    ]
+    run(config, tmp_path)
+    assert rates == pytest.approx([0.01 / 3, 0.02 / 3, 0.01, 0.01])
+    assert caplog.text.count("the warm-up of 500 steps is cut to 3: there are only 4 steps") == 1
+    run(config, tmp_path, "--ckpt_path", str(tmp_path / "step=2.ckpt"))
+    assert rates[4:] == rates[2:4]
+
+
+def test_fewer_images_than_a_batch(roots: dict[str, Path], tmp_path: Path) -> None:
+    config = pretrain(roots["EuroSATDataModule"])
+    config["data"]["init_args"]["batch_size"] = 500
+    with pytest.raises(ConfigError, match="fewer training images on a device than a batch of 500 takes\nLower"):
+        run(config, tmp_path)
+    config["trainer"]["max_steps"] = 0
+    config["data"]["init_args"]["batch_size"] = 2
+    run(config, tmp_path)  # nothing to do, as asked
+
+
 def test_resumed_by_torchgeo(roots: dict[str, Path], tmp_path: Path) -> None:
     """A run goes on where it stood; TorchGeo's datamodules shuffle anew, so an uninterrupted one is not repeated."""
     folder = tmp_path / "run"

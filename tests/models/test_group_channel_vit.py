@@ -11,7 +11,7 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torch import Tensor
 
-from geoexplora.errors import WeightsError
+from geoexplora.errors import ConfigError, WeightsError
 from geoexplora.models import GroupChannelVisionTransformer
 from geoexplora.models.embeddings import sincos_1d, sincos_2d
 from geoexplora.registry import MODELS
@@ -96,6 +96,14 @@ def test_bands_follow_from_the_groups_and_must_agree() -> None:
     assert build(in_chans=6).in_chans == build().in_chans == 6
     with pytest.raises(ValueError, match="each of the 7 input bands"):
         build(in_chans=7)
+
+
+@pytest.mark.parametrize("count", [5, 7])
+def test_images_of_another_number_of_bands_are_refused(model: Any, count: int) -> None:
+    images = torch.randn(2, count, 16, 16)
+    for run in (model, model.forward_intermediates, build(dynamic_img_size=True)):
+        with pytest.raises(ConfigError, match=f"takes 6 bands, got {count}"):
+            run(images)
 
 
 def test_tokens_and_encodings_against_a_loop(model: Any, images: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,6 +31,14 @@ def test_the_same_counts_give_the_same_bytes(tmp_path: Path) -> None:
     plot_confusion(tmp_path / "c.png", [[3, 1, 0], [0, 4, 0], [2, 2, 0]], ["farm", "forest", "water"], "")
     first, second, third = ((tmp_path / name).read_bytes() for name in ("a.png", "b.png", "c.png"))
     assert first == second != third
+
+
+@pytest.mark.parametrize(("words", "shown"), [({}, "samples"), ({"counted": "pixels"}, "pixels")])
+def test_the_axis_says_what_is_counted(monkeypatch: pytest.MonkeyPatch, words: dict[str, str], shown: str) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr("geoexplora.runs.confusion.save_figure", lambda figure, target: figures.append(figure))
+    plot_confusion(Path("a.png"), [[3, 1], [0, 2]], ["farm", "forest"], "", **words)
+    assert figures[0].axes[0].get_ylabel() == f"true class ({shown})"
 
 
 @pytest.mark.parametrize("counts", [[[1, 2]], [[1, -1], [0, 1]], [[1, np.nan], [0, 1]]])

@@ -26,7 +26,7 @@ class Task(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def train(progress: pl.Callback, **options: Any) -> None:
+def train(progress: pl.Callback, task: Task | None = None, **options: Any) -> None:
     trainer = pl.Trainer(
         accelerator="cpu",
         logger=False,
@@ -35,7 +35,7 @@ def train(progress: pl.Callback, **options: Any) -> None:
         callbacks=[progress],
         **({"max_steps": 6} | options),
     )
-    trainer.fit(Task(), DataLoader(torch.arange(12)[:, None], batch_size=2))
+    trainer.fit(task or Task(), DataLoader(torch.arange(12)[:, None], batch_size=2))
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -50,6 +50,29 @@ def test_plain_lines(caplog: pytest.LogCaptureFixture) -> None:
     assert first.endswith(" left")
     assert last.startswith("Pre-training: step 6 of 6, loss 0.125, ")
     assert last.endswith("steps/s")
+
+
+class SometimesLogged(Task):
+    """Logs at steps 1 and 4 only, as the rows of the metrics come."""
+
+    def training_step(self, batch: torch.Tensor) -> torch.Tensor:
+        step = self.global_step + 1
+        if step in {1, 4}:
+            self.log("loss", float(step), prog_bar=True)
+            self.log("at_step", float(step), prog_bar=True)
+        return self.layer(batch.float()).square().mean()
+
+
+def test_an_older_loss_says_of_which_step_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        train(PlainProgress(seconds=0), SometimesLogged())
+    at_1, at_4 = "loss 1 at step 1", "loss 4 at step 4"
+    assert [line.split(", ")[1] for line in lines(caplog)] == ["loss 1", at_1, at_1, "loss 4", at_4, at_4]
+
+
+def test_bar_says_of_which_step_the_loss_is(capsys: pytest.CaptureFixture[str]) -> None:
+    train(TerminalProgress(), SometimesLogged())
+    assert "loss=4.000, at_step=4]" in capsys.readouterr().out
 
 
 def test_lines_count_optimizer_steps(caplog: pytest.LogCaptureFixture) -> None:

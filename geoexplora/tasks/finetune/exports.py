@@ -49,8 +49,9 @@ def load_finetuned(run: str | Path) -> FineTuneTask:
         run: the run folder of ``geoexplora finetune``.
 
     Returns:
-        The task in evaluation mode, of method ``linear`` with all weights merged: ``task.model(images)`` gives its
-        outputs, ``task.predicted`` probabilities or values of them, ``task.hparams["labels"]`` the classes.
+        The task in evaluation mode, of method ``linear`` with all weights merged: ``task.predict(images)`` gives
+        probabilities or values, ``task.spec.bands`` names the bands of the images, ``task.hparams["labels"]`` the
+        classes.
 
     Raises:
         WeightsError: if a file is missing or damaged.

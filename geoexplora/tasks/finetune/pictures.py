@@ -48,7 +48,10 @@ def draw_predictions(
         return
     classes: Sequence[str] = task.hparams.get("labels") or ()
     if found.confusion is not None:
-        plot_confusion(folder.confusion_plot, found.confusion, classes, f"{split} split")
+        total = found.confusion.sum()  # 0 where no pixel has a label
+        accuracy = f": accuracy {found.confusion.trace() / total:.4f}" if total else ""
+        counted = "pixels" if task.target_key == "mask" else "samples"
+        plot_confusion(folder.confusion_plot, found.confusion, classes, f"{split} split{accuracy}", counted=counted)
     if task.target_key == "mask":
         _draw_masks(folder, task, datamodule, split, found, classes)
     elif task.hparams.get("task") in {"multiclass", "multilabel"}:

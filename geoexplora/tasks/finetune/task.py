@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
+from geoexplora.errors import ConfigError
 from geoexplora.explora import PartCount, parameter_table
 from geoexplora.explora.finetuning import FinetuneConfig, FineTuning, Method, apply_finetuning
 from geoexplora.models.attention import use_fast_attention
@@ -20,9 +21,11 @@ from geoexplora.models.encoding import set_drop_path
 from geoexplora.models.linear import use_fast_linears
 from geoexplora.tasks.data_task import DataTask
 from geoexplora.tasks.encoders import fit_encoder
+from geoexplora.tasks.features import evaluating
 from geoexplora.tasks.optimization import parameter_groups
 from geoexplora.tasks.scheduled_task import ScheduledTask
 from geoexplora.transforms.mixing import random_erasing
+from geoexplora.transforms.normalization import Normalization
 from geoexplora.weights.contract import Allowed
 from geoexplora.weights.files import read_weights
 from geoexplora.weights.load import build_encoder
@@ -224,6 +227,38 @@ class FineTuneTask(DataTask, ScheduledTask):
         if self.hparams["method"] == "linear" and hasattr(self, "spec"):
             self.encoder.eval()
         return self
+
+    # Use.
+
+    def predict(self, images: Tensor) -> Tensor:
+        """What the model says of images as the sensor gives them; in evaluation mode, without gradients.
+
+        Args:
+            images: (B, C, S, S), bands ``spec.bands`` in this order, in the sensor's units, of any real type; S is
+                ``spec.image_size``. Of a segmentation (B, C, H, W): H and W are S, up to a patch that is not full.
+
+        Returns:
+            Class probabilities (B, K) or (B, K, H, W), or values (B,) or (B, K), on the task's device.
+
+        Raises:
+            ConfigError: if bands or size are others, or the weights do not tell how images are normalized.
+        """
+        side, shape = self.spec.image_size, tuple(images.shape)
+        if len(shape) != 4:
+            raise ConfigError(f"images of shape {shape} are no batch", "Give them as (B, C, H, W).")
+        if self.target_key != "mask" and shape[2:] != (side, side):
+            raise ConfigError(
+                f"images of {shape[2]} x {shape[3]} px do not fit a model for {side} x {side} px",
+                "Resize or crop them to task.spec.image_size.",
+            )
+        if not self.spec.normalization:
+            raise ConfigError(
+                "the weights do not tell how images are normalized",
+                "Normalize them yourself, and take task.predicted(task.model(images)).",
+            )
+        normalized = Normalization.from_dict(self.spec.normalization)(images.to(self.device))
+        with evaluating(self):
+            return self.predicted(self.model(normalized))
 
     # A step.
 

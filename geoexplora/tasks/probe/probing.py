@@ -6,6 +6,7 @@ Shapes: R readable images, K classes, N rows of all splits.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from geoexplora.tasks.classifiers import Folds, leave_locations_out
 from geoexplora.tasks.features import ProbeFeatures
 from geoexplora.tasks.labelled_data import KINDS
 from geoexplora.tasks.opening import OpenedEncoder, open_encoder
+from geoexplora.tasks.probe.amounts import class_sizes, refuse_few, tell_fewer_neighbours, usable_shots
 from geoexplora.tasks.probe.evaluation import Evaluation, Result
 from geoexplora.tasks.probe.extraction import Extraction, temporary_folder
 from geoexplora.tasks.probe.linear import LinearProbe
@@ -62,7 +64,9 @@ def probe(options: Any) -> list[Result]:
         places = [datamodule.eval_dataset(split).location_ids for split in splits]
         folds = _folds(options, [place[one.indices] for place, one in zip(places, stored, strict=True)])
         _check_classes(labels, folds, classes)
-        results = _evaluation(options, opened, len(classes), device).run(
+        shots = usable_shots(options.few_shot or (), labels, folds, classes)
+        tell_fewer_neighbours(options, folds)
+        results = _evaluation(options, opened, len(classes), shots, device).run(
             FeatureRows([one.features for one in stored]), labels, folds
         )
     if options.output is not None:
@@ -72,7 +76,9 @@ def probe(options: Any) -> list[Result]:
     return results
 
 
-def _evaluation(options: Any, opened: OpenedEncoder, classes: int, device: torch.device) -> Evaluation:
+def _evaluation(
+    options: Any, opened: OpenedEncoder, classes: int, shots: Sequence[int], device: torch.device
+) -> Evaluation:
     layout = ProbeFeatures.of(opened.encoder)
     products = torch.bfloat16 if options.precision == "bf16" else torch.float32
     linear = LinearProbe(layout.sets(), classes, options.linear_steps, options.select, device=device, products=products)
@@ -83,7 +89,7 @@ def _evaluation(options: Any, opened: OpenedEncoder, classes: int, device: torch
         neighbours=options.k,
         temperature=options.temperature,
         classifiers=options.classifiers,
-        shots=options.few_shot or (),
+        shots=shots,
         repeats=options.repeats,
         seed=options.seed,
         device=device,
@@ -113,6 +119,7 @@ def _labelled_splits(options: Any, datamodule: TilesDataModule) -> list[str]:
     Raises:
         DataError: if a split is not there, there is nothing to hold out, or, as far as labels are listed, the training
             samples are of one class.
+        ConfigError: if no class has as many listed labels as any ``--few-shot`` asks for.
     """
     if options.holdout == "split":
         splits = ["train", options.test_split]
@@ -156,8 +163,11 @@ def _check_listed(options: Any, datamodule: TilesDataModule, splits: list[str]) 
         raise DataError(
             f"all labelled images of {options.dataset} lie at one location, or it does not tell where they lie", others
         )
-    for train, _ in _folds(options, locations):
+    folds = _folds(options, locations)
+    for train, _ in folds:
         _refuse_one_class(datamodule, labels[train], "training samples")
+    if options.few_shot and (labels >= 0).all():
+        refuse_few(options.few_shot, class_sizes(labels, folds, int(labels.max()) + 1))
 
 
 def _several(locations: list[Index]) -> bool:

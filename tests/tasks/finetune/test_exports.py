@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from geoexplora.errors import WeightsError
+from geoexplora.errors import ConfigError, WeightsError
 from geoexplora.runs.folder import RunFolder
 from geoexplora.tasks import ExPLoRAClassification, ExPLoRARegression, ExPLoRASegmentation
 from geoexplora.tasks.finetune.exports import export_model, load_finetuned
@@ -78,6 +79,41 @@ def test_round_trip(tmp_path: Path, name: str, task_class: Any, more: Any, metho
     if method in {"linear", "full"}:
         state = load_file(folder.encoder_file)
         assert all(value.equal(state[key]) for key, value in task.encoder.state_dict().items() if key in state)
+
+
+@pytest.mark.parametrize("groups", [None, (("R", "B"), ("G",))], ids=["plain", "groups"])
+@pytest.mark.parametrize(("name", "task_class", "more"), CASES, ids=[case[0] for case in CASES])
+def test_predict_normalizes_and_evaluates(name: str, task_class: Any, more: Any, groups: Any) -> None:
+    task = trained(task_class, "full", groups, drop_path=0.5, **more)
+    images = torch.randint(0, 9, (4, 3, 16, 16), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    expected, raw = (task.predicted(task.model(x)).detach() for x in ((images.float() - 1) / 2, images.float()))
+    task.train()
+    told = task.predict(images)
+    torch.testing.assert_close(told, expected)
+    assert not torch.allclose(told, raw, atol=1e-3)
+    assert not told.requires_grad
+    assert task.training
+    assert task.model.encoder.blocks[-1].training
+
+
+def test_predict_refuses_other_images() -> None:
+    task = trained(ExPLoRAClassification, "linear", None, num_classes=3)
+    with pytest.raises(ConfigError, match=r"3 bands\nIts channels must be R, G, B, in this order"):
+        task.predict(torch.rand(2, 13, 16, 16))
+    with pytest.raises(ConfigError, match="32 x 16 px do not fit a model for 16 x 16 px"):
+        task.predict(torch.rand(2, 3, 32, 16))
+    with pytest.raises(ConfigError, match="no batch"):
+        task.predict(torch.rand(3, 16, 16))
+    task.spec = replace(task.spec, normalization={})
+    with pytest.raises(ConfigError, match="do not tell how images are normalized"):
+        task.predict(torch.rand(2, 3, 16, 16))
+
+
+def test_predict_segments_what_the_model_can_fill_up() -> None:
+    task = trained(ExPLoRASegmentation, "linear", None, num_classes=3, head="linear")
+    assert task.predict(torch.rand(2, 3, 15, 13)).shape == (2, 3, 15, 13)
+    with pytest.raises(ConfigError, match="32 x 32 px do not fit an encoder for 16 x 16 px"):
+        task.predict(torch.rand(2, 3, 32, 32))
 
 
 def test_a_weight_that_is_not_finite(tmp_path: Path) -> None:

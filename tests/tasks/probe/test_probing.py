@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from geoexplora.errors import DataError
+from geoexplora.errors import ConfigError, DataError
 from geoexplora.tasks.probe.probing import _cache_folder, _class_names, _labelled_splits
 
 
@@ -32,7 +32,7 @@ class Data:
 
 
 def options(**changes):
-    return SimpleNamespace(**{"holdout": "split", "test_split": "val", "dataset": "some"} | changes)
+    return SimpleNamespace(**{"holdout": "split", "test_split": "val", "dataset": "some", "few_shot": None} | changes)
 
 
 def test_splits_by_location_leave_out_those_without_labels():
@@ -108,3 +108,10 @@ def test_class_names():
     assert _class_names(unnamed, np.array([0, 3])) == ("class 0", "class 1", "class 2", "class 3")
     with pytest.raises(DataError, match="1 of 2 images have no label"):
         _class_names(Data(), np.array([0, -1]))
+
+
+def test_more_labels_than_any_class_has_are_refused_before_features_are_computed():
+    data = Data(train=[0, 1, 1], val=[0, 1, 1, 1])
+    with pytest.raises(ConfigError, match="--few-shot 3: no class has more than 2 training samples"):
+        _labelled_splits(options(few_shot=(3,)), data)
+    assert _labelled_splits(options(few_shot=(2, 3)), data) == ["train", "val"]
