@@ -5,6 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+# First: typing keeps the order in which a union was first named, and jsonargparse reads 1 by it. With "float, int" from
+# elsewhere in its cache, the Trainer's "int, float" would take limit_train_batches: 1 for 1.0, all batches.
+import lightning.pytorch  # noqa: F401
 import pytest
 
 from geoexplora.datasets.sample_tree import write_fmow_tree
