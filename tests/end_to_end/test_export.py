@@ -15,7 +15,7 @@ from geoexplora.weights.source_weights import sha256
 from geoexplora.weights.spec import EncoderSpec
 from geoexplora.weights.write import save_encoder
 
-from .finetuning_helpers import FINE
+from .finetuning.helpers import FINE
 
 RGB_NAME = "plain_vit_pico.s16_p4_c3"
 GROUP_NAME = "group_channel_vit_pico.s16_p8_g0-1-2-6_g3-4-5-7_g8-9"

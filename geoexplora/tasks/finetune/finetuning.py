@@ -15,7 +15,7 @@ from torchmetrics.wrappers import ClasswiseWrapper
 
 from geoexplora.datamodules.tiles import TilesDataModule
 from geoexplora.errors import ConfigError
-from geoexplora.runs.checkpoint import RunCheckpoint, find_checkpoint
+from geoexplora.runs.checkpoint import RunCheckpoint
 from geoexplora.runs.folder import RunFolder
 from geoexplora.runs.metrics import Metrics, read_metrics
 from geoexplora.runs.plots import plot_loss
@@ -30,8 +30,9 @@ from geoexplora.tasks.finetune.task import FineTuneTask
 from geoexplora.tasks.finetune.validation import Validation
 from geoexplora.tasks.health import sample_names
 from geoexplora.tasks.labelled_data import KINDS, look_at_labels
+from geoexplora.tasks.opened_run import opened_run
 from geoexplora.tasks.opening import open_encoder, open_for
-from geoexplora.tasks.parallel import SharedFailure, fit, process_rank
+from geoexplora.tasks.parallel import SharedFailure, fit
 from geoexplora.tasks.run_records import DATA_KEY, SOURCE_KEY, data_record, record_start, refuse_other_data
 from geoexplora.tasks.schedule import Schedule
 from geoexplora.tasks.trainer import make_trainer, quiet_lightning
@@ -54,46 +55,33 @@ def finetune(options: Any) -> dict[str, float]:
         GeoExploraError: if data, weights, settings or the run folder are not as they should be.
     """
     quiet_lightning()
-    folder = RunFolder(options.output)
-    leads, resumes = process_rank() == 0, options.resume and folder.holds_run
-    if leads and resumes:
-        folder.open()
-    try:
-        checkpoint = find_checkpoint(folder) if resumes else None
-        saved = {} if checkpoint is None else torch.load(checkpoint, mmap=True, weights_only=True)
-        encoder, spec, datamodule, record = _open(options, saved)
+    with opened_run(options) as run:
+        encoder, spec, datamodule, record = _open(options, run.saved)
         labels = look_at_labels(options, datamodule)
         datamodule.setup("fit")
         images = len(datamodule.training_source)
         schedule = Schedule.of(options, images)
         task = build_finetuning(options, encoder, spec, labels, datamodule.ignore_index, schedule)
         task.extra_state = {DATA_KEY: data_record(datamodule), SOURCE_KEY: record}
-        refuse_other_data(saved.get(DATA_KEY), task.extra_state[DATA_KEY])
-        metrics, failure = Metrics(folder.metrics_file), SharedFailure(folder.path)
-        validation = _validation(options, folder, datamodule, metrics, task, schedule)
-        trainer = _trainer(options, schedule, folder, metrics, validation, task, failure)
-        step: int = saved.get("global_step", 0)
-        if leads:
-            if not resumes:
-                folder.create()  # only now: wrong input leaves no folder behind
-            failure.clear()
-            if resumes:
-                log.info("going on with %s from step %d", folder.path, step)
-            metrics.truncate_after(step if checkpoint else -1)
+        refuse_other_data(run.saved.get(DATA_KEY), task.extra_state[DATA_KEY])
+        metrics, failure = Metrics(run.folder.metrics_file), SharedFailure(run.folder.path)
+        validation = _validation(options, run.folder, datamodule, metrics, task, schedule)
+        trainer = _trainer(options, schedule, run.folder, metrics, validation, task, failure)
+        if run.leads:
+            run.begin(failure, metrics)
             record_start(
-                folder, options, "finetune", task.spec, task.parameter_table(), schedule, task.hparams["lr"], images,
-                source=record, classes=task.hparams.get("labels"),
+                run.folder, options, "finetune", task.spec, task.parameter_table(), schedule, task.hparams["lr"],
+                images, source=record, classes=task.hparams.get("labels"),
             )  # fmt: skip
         datamodule.num_batches = schedule.steps * schedule.accumulate
-        datamodule.first_batch = step * schedule.accumulate
-        if saved:  # processes that fork, and runs that have ended, do not load it by themselves
-            task.load_state_dict(saved["state_dict"])
-        if not _has_stopped(saved, validation):
-            fit(trainer, failure, task, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
-        return _finish(options, folder, task, datamodule, labels.tested_on, validation.state_key) if leads else {}
-    finally:
-        if leads:
-            folder.close()
+        datamodule.first_batch = run.step * schedule.accumulate
+        if run.saved:  # processes that fork, and runs that have ended, do not load it by themselves
+            task.load_state_dict(run.saved["state_dict"])
+        if not _has_stopped(run.saved, validation):
+            fit(trainer, failure, task, datamodule=datamodule, ckpt_path=run.checkpoint, weights_only=True)
+        if not run.leads:
+            return {}
+        return _finish(options, run.folder, task, datamodule, labels.tested_on, validation.state_key)
 
 
 def format_metrics(metrics: dict[str, float]) -> str:

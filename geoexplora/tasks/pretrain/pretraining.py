@@ -5,19 +5,19 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from geoexplora.datamodules.tiles import TilesDataModule
 from geoexplora.errors import DataError
-from geoexplora.runs.checkpoint import RunCheckpoint, find_checkpoint
+from geoexplora.runs.checkpoint import RunCheckpoint
 from geoexplora.runs.folder import RunFolder
 from geoexplora.runs.metrics import Metrics, read_metrics
 from geoexplora.runs.progress import progress_callback
 from geoexplora.tasks.callbacks import MetricsWriter, StepClock, check_finite
 from geoexplora.tasks.health import HealthWatch, sample_names
+from geoexplora.tasks.opened_run import opened_run
 from geoexplora.tasks.opening import open_data
-from geoexplora.tasks.parallel import SharedFailure, fit, process_rank
+from geoexplora.tasks.parallel import SharedFailure, fit
 from geoexplora.tasks.pretrain.building import build_task, whole_tile_size
 from geoexplora.tasks.pretrain.callbacks import FirstFeatures, KNNProbe
 from geoexplora.tasks.pretrain.exports import RunExport
@@ -42,43 +42,28 @@ def pretrain(options: Any) -> dict[str, Any]:
         GeoExploraError: if data, weights, settings or the run folder are not as they should be.
     """
     quiet_lightning()
-    folder = RunFolder(options.output)
-    leads, resumes = process_rank() == 0, options.resume and folder.holds_run
-    if leads and resumes:
-        folder.open()
-    try:
-        checkpoint = find_checkpoint(folder) if resumes else None
-        saved = {} if checkpoint is None else torch.load(checkpoint, mmap=True, weights_only=True)
-        step: int = saved.get("global_step", 0)
+    with opened_run(options) as run:
         datamodule = open_data(options)
         datamodule.whole_tiles, datamodule.unlabelled = whole_tile_size(options), True
         datamodule.setup("fit")
         images = len(datamodule.training_source)
         schedule = Schedule.of(options, images)
-        task = build_task(options, datamodule, schedule, saved.get(SOURCE_KEY))
+        task = build_task(options, datamodule, schedule, run.saved.get(SOURCE_KEY))
         task.data_state = data_record(datamodule)
-        refuse_other_data(saved.get(DATA_KEY), task.data_state)
-        metrics, failure = Metrics(folder.metrics_file), SharedFailure(folder.path)
-        trainer = _trainer(options, schedule, folder, metrics, datamodule, task, failure)
-        if leads:
-            if not resumes:
-                folder.create()  # only now: wrong input leaves no folder behind
-            failure.clear()
-            if resumes:
-                log.info("going on with %s from step %d", folder.path, step)
-            metrics.truncate_after(step if checkpoint else -1)
+        refuse_other_data(run.saved.get(DATA_KEY), task.data_state)
+        metrics, failure = Metrics(run.folder.metrics_file), SharedFailure(run.folder.path)
+        trainer = _trainer(options, schedule, run.folder, metrics, datamodule, task, failure)
+        if run.leads:
+            run.begin(failure, metrics)
             record_start(
-                folder, options, "pretrain", task.spec, task.parameter_table(), schedule, task.hparams["lr"], images,
-                source=task.source_state,
+                run.folder, options, "pretrain", task.spec, task.parameter_table(), schedule, task.hparams["lr"],
+                images, source=task.source_state,
             )  # fmt: skip
         datamodule.num_batches = schedule.steps * schedule.accumulate
-        datamodule.first_batch = step * schedule.accumulate
-        fit(trainer, failure, task, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
-    finally:
-        if leads:
-            folder.close()
-    record = folder.read_run_json()
-    log.info("run folder: %s, %d of %d steps done", folder.path, record["step"], schedule.steps)
+        datamodule.first_batch = run.step * schedule.accumulate
+        fit(trainer, failure, task, datamodule=datamodule, ckpt_path=run.checkpoint, weights_only=True)
+    record = run.folder.read_run_json()
+    log.info("run folder: %s, %d of %d steps done", run.folder.path, record["step"], schedule.steps)
     return dict(record["metrics"])
 
 

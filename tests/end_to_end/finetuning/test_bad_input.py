@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,28 +16,11 @@ from safetensors.torch import load_file
 from geoexplora.weights.load import load_encoder
 from geoexplora.weights.write import save_encoder
 
-from ..datasets.torchgeo_trees import write_tropical_cyclone
-from .conftest import run_command
-from .finetuning_helpers import BANDS, FINE, finetune, made_up_datasets, refuse, write_made_up
-
-
-@pytest.fixture(autouse=True)
-def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    made_up_datasets(monkeypatch)
-
+from ...datasets.torchgeo_trees import write_tropical_cyclone
+from ..conftest import run_command
+from .helpers import BANDS, FINE, finetune, write_made_up
 
 Refused = Callable[..., str]
-
-
-@pytest.fixture
-def refused(explora_run: Path, tmp_path: Path) -> Refused:
-    return partial(refuse, tmp_path / "refused", explora_run)
-
-
-@pytest.fixture(scope="module")
-def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Read only."""
-    return write_made_up(tmp_path_factory.mktemp("made_up"), "class")
 
 
 def test_a_band_that_the_dataset_lacks(refused: Refused, tmp_path: Path, explora_run: Path) -> None:

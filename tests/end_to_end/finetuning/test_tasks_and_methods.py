@@ -17,7 +17,7 @@ from geoexplora.runs.metrics import read_metrics
 from geoexplora.tasks.finetune.exports import load_finetuned
 from geoexplora.weights.load import load_encoder
 
-from .finetuning_helpers import (
+from .helpers import (
     BANDS,
     CLASSES,
     COUNTS,
@@ -25,9 +25,7 @@ from .finetuning_helpers import (
     Kind,
     dataset_of,
     finetune,
-    made_up_datasets,
     make_up,
-    write_all_kinds,
 )
 
 METHODS = ("linear", "lora", "adalora", "dora", "full")
@@ -38,17 +36,6 @@ MONITORS = {
     "mask": "val_AverageJaccardIndex",
     "value": "val_RMSE",
 }
-
-
-@pytest.fixture(autouse=True)
-def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    made_up_datasets(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, Kind], Path]:
-    """By sensor and kind of target. Read only."""
-    return write_all_kinds(tmp_path_factory.mktemp("made_up"))
 
 
 def outputs_of(run: Path, images: torch.Tensor) -> torch.Tensor:

@@ -16,29 +16,16 @@ from safetensors.torch import load_file
 from geoexplora.runs.metrics import read_metrics
 from geoexplora.weights.load import load_encoder
 
-from .conftest import run_command
-from .finetuning_helpers import (
+from ..conftest import run_command
+from .helpers import (
     BANDS,
     COUNTS,
     Kind,
     dataset_of,
     finetune,
-    made_up_datasets,
     make_up,
-    write_all_kinds,
     write_made_up,
 )
-
-
-@pytest.fixture(autouse=True)
-def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    made_up_datasets(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, Kind], Path]:
-    """By sensor and kind of target. Read only."""
-    return write_all_kinds(tmp_path_factory.mktemp("made_up"))
 
 
 def the_same(one: Path, other: Path) -> None:

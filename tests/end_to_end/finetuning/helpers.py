@@ -18,7 +18,7 @@ from torchgeo.datasets import NonGeoDataset
 
 from geoexplora.registry import DATASETS, DatasetEntry
 
-from .conftest import Outcome, run_command
+from ..conftest import Outcome, run_command
 
 FINE = (
     "--batch-size", "4", "--max-steps", "4", "--warmup-steps", "0", "--lr", "0.3", "--rank", "2", "--eval-every", "2",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +18,9 @@ from geoexplora.datamodules.sampling import StepBatchSampler
 from geoexplora.runs.metrics import read_metrics
 from geoexplora.tasks import labelled_data
 
-from ..datasets.torchgeo_trees import write_loveda
-from .conftest import run_command
-from .finetuning_helpers import COUNTS, Kind, finetune, made_up_datasets, make_up, refuse, write_made_up
-
-
-@pytest.fixture(autouse=True)
-def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    made_up_datasets(monkeypatch)
+from ...datasets.torchgeo_trees import write_loveda
+from ..conftest import run_command
+from .helpers import COUNTS, Kind, finetune, make_up, write_made_up
 
 
 @pytest.fixture
@@ -36,17 +30,6 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 Refused = Callable[..., str]
-
-
-@pytest.fixture
-def refused(explora_run: Path, tmp_path: Path) -> Refused:
-    return partial(refuse, tmp_path / "refused", explora_run)
-
-
-@pytest.fixture(scope="module")
-def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Read only."""
-    return write_made_up(tmp_path_factory.mktemp("made_up"), "class")
 
 
 def changed(kind: Kind, change: Callable[[NDArray[Any]], NDArray[Any] | None], split: str = "train") -> Any:

@@ -18,22 +18,11 @@ from geoexplora.tasks.finetune.exports import load_finetuned
 from geoexplora.tasks.finetune.task import FineTuneTask
 from geoexplora.weights.load import load_encoder
 
-from .conftest import run_command
-from .finetuning_helpers import FINE, finetune, made_up_datasets, write_made_up
+from ..conftest import run_command
+from .helpers import FINE, finetune, write_made_up
 
 LONG = ("--max-steps", "6", "--mixup", "0.4")
 FORKED = ("--strategy", "ddp_fork", "--devices", "2")
-
-
-@pytest.fixture(autouse=True)
-def known(monkeypatch: pytest.MonkeyPatch) -> None:
-    made_up_datasets(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Read only."""
-    return write_made_up(tmp_path_factory.mktemp("made_up"), "class")
 
 
 def assert_equal(run: Path, reference: Path, comparable: Callable[[Path], Any]) -> None:
@@ -64,14 +53,14 @@ def killed_when(process: Any, ready: Callable[[], bool], seconds: float = 60.0) 
 
 @pytest.mark.parametrize("method", ["linear", "lora", "adalora", "full"])
 def test_killed_after_a_checkpoint(
-    start: Any, root: Path, explora_run: Path, tmp_path: Path, comparable: Any, method: str
+    start: Any, classes: Path, explora_run: Path, tmp_path: Path, comparable: Any, method: str
 ) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
     words = ("--init", explora_run, "--method", method, *LONG)
-    first = ("finetune", "--dataset", "made-up", "--root", root, "--output", run, *FINE, *words)
+    first = ("finetune", "--dataset", "made-up", "--root", classes, "--output", run, *FINE, *words)
     assert killed_when(start([str(word) for word in first]), (run / "checkpoints/previous.ckpt").exists)
     assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] < 6
-    assert finetune("made-up", root, whole, *words).status == 0
+    assert finetune("made-up", classes, whole, *words).status == 0
     got = run_command("finetune", "--resume", run)
     assert got.status == 0, got.err
     assert "going on with" in got.err
@@ -79,12 +68,12 @@ def test_killed_after_a_checkpoint(
 
 
 def test_killed_between_a_better_validation_and_its_checkpoint(
-    root: Path, explora_run: Path, tmp_path: Path, comparable: Any, monkeypatch: pytest.MonkeyPatch
+    classes: Path, explora_run: Path, tmp_path: Path, comparable: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The best weights are then newer than last.ckpt; validations of a resumed run come again."""
     run, whole = tmp_path / "run", tmp_path / "whole"
     words = ("--init", explora_run, *LONG, "--eval-every", "1", "--checkpoint-every", "2", "--patience", "9")
-    assert finetune("made-up", root, whole, *words).status == 0
+    assert finetune("made-up", classes, whole, *words).status == 0
 
     from geoexplora.tasks.finetune import validation
 
@@ -97,7 +86,7 @@ def test_killed_between_a_better_validation_and_its_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(validation, "save_best", save_and_die)
-        got = finetune("made-up", root, run, *words)
+        got = finetune("made-up", classes, run, *words)
     assert got.status == 130, "some validation after step 2 is a better one"
     got = run_command("finetune", "--resume", run)
     assert got.status == 0, got.err
@@ -127,7 +116,7 @@ def names_in(run: Path) -> list[str]:
 
 
 def test_a_better_validation_that_does_not_come_again(
-    root: Path, explora_run: Path, tmp_path: Path, comparable: Any, monkeypatch: pytest.MonkeyPatch
+    classes: Path, explora_run: Path, tmp_path: Path, comparable: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed before its checkpoint, on a device that does not repeat to the bit: the best weights are those before."""
     run, whole = tmp_path / "run", tmp_path / "whole"
@@ -135,11 +124,11 @@ def test_a_better_validation_that_does_not_come_again(
     scores = {1: 0.1, 2: 0.5, 3: 0.3, 4: 0.3, 5: 0.3, 6: 0.3}
     with monkeypatch.context() as patch:
         scored(patch, scores)
-        assert finetune("made-up", root, whole, *words).status == 0
+        assert finetune("made-up", classes, whole, *words).status == 0
     assert names_in(whole) == ["best-2.pt", "last.ckpt", "previous.ckpt"]
     with monkeypatch.context() as patch:
         scored(patch, scores | {3: 0.9}, dies=3)
-        assert finetune("made-up", root, run, *words).status == 130
+        assert finetune("made-up", classes, run, *words).status == 130
     assert torch.load(run / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
     assert names_in(run) == ["best-2.pt", "best-3.pt", "last.ckpt"]
     with monkeypatch.context() as patch:
@@ -152,17 +141,17 @@ def test_a_better_validation_that_does_not_come_again(
 
 
 def test_a_damaged_last_checkpoint(
-    root: Path, explora_run: Path, tmp_path: Path, comparable: Any, monkeypatch: pytest.MonkeyPatch
+    classes: Path, explora_run: Path, tmp_path: Path, comparable: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The one before it finds the best weights of then."""
     run, whole = tmp_path / "run", tmp_path / "whole"
     words = ("--init", explora_run, *LONG, "--eval-every", "1", "--checkpoint-every", "2")
     scores = {1: 0.1, 2: 0.5, 3: 0.6, 4: 0.7, 5: 0.3, 6: 0.8}
     scored(monkeypatch, scores)
-    assert finetune("made-up", root, run, *words).status == 0
+    assert finetune("made-up", classes, run, *words).status == 0
     assert names_in(run) == ["best-4.pt", "best-6.pt", "last.ckpt", "previous.ckpt"]
     scores[6] = 0.2
-    assert finetune("made-up", root, whole, *words).status == 0
+    assert finetune("made-up", classes, whole, *words).status == 0
     (run / "checkpoints/last.ckpt").write_bytes(b"PK")
     got = run_command("finetune", "--resume", run)
     assert got.status == 0, got.err
@@ -170,10 +159,10 @@ def test_a_damaged_last_checkpoint(
     assert_equal(run, whole, comparable)
 
 
-def test_the_source_may_be_gone(root: Path, explora_run: Path, tmp_path: Path, comparable: Any) -> None:
+def test_the_source_may_be_gone(classes: Path, explora_run: Path, tmp_path: Path, comparable: Any) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     source = shutil.copytree(explora_run, tmp_path / "source")
-    assert finetune("made-up", root, whole, "--init", source).status == 0
+    assert finetune("made-up", classes, whole, "--init", source).status == 0
     shutil.copytree(whole, run)
     (run / "checkpoints/previous.ckpt").replace(run / "checkpoints/last.ckpt")
     shutil.rmtree(source)
@@ -183,11 +172,13 @@ def test_the_source_may_be_gone(root: Path, explora_run: Path, tmp_path: Path, c
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_run_that_stopped_early(root: Path, explora_run: Path, tmp_path: Path, comparable: Any, method: str) -> None:
+def test_a_run_that_stopped_early(
+    classes: Path, explora_run: Path, tmp_path: Path, comparable: Any, method: str
+) -> None:
     """Nothing is left to do; above all nothing is spoiled."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     words = ("--init", explora_run, "--method", method, "--lr", "1e-9", "--eval-every", "1", "--patience", "1")
-    got = finetune("made-up", root, whole, *words, "--max-steps", "9")
+    got = finetune("made-up", classes, whole, *words, "--max-steps", "9")
     assert got.status == 0, got.err
     assert "training stops at step 2" in got.err
     shutil.copytree(whole, run)
@@ -200,9 +191,9 @@ def test_a_run_that_stopped_early(root: Path, explora_run: Path, tmp_path: Path,
         assert one.model(images).equal(other.model(images))
 
 
-def test_a_complete_run_stays_as_it_is(root: Path, explora_run: Path, tmp_path: Path, comparable: Any) -> None:
+def test_a_complete_run_stays_as_it_is(classes: Path, explora_run: Path, tmp_path: Path, comparable: Any) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
-    assert finetune("made-up", root, whole, "--init", explora_run, "--max-steps", "2").status == 0
+    assert finetune("made-up", classes, whole, "--init", explora_run, "--max-steps", "2").status == 0
     shutil.copytree(whole, run)
     for name in ("predictions.csv", "plots/predictions.png", "encoder.safetensors"):
         (run / name).unlink()  # as if killed right after the last checkpoint
@@ -212,9 +203,9 @@ def test_a_complete_run_stays_as_it_is(root: Path, explora_run: Path, tmp_path: 
     assert (run / "plots/predictions.png").exists()
 
 
-def test_a_longer_run(root: Path, explora_run: Path, tmp_path: Path) -> None:
+def test_a_longer_run(classes: Path, explora_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert finetune("made-up", root, run, "--init", explora_run, "--max-steps", "2").status == 0
+    assert finetune("made-up", classes, run, "--init", explora_run, "--max-steps", "2").status == 0
     got = run_command("finetune", "--resume", run, "--max-steps", "4")
     assert got.status == 0, got.err
     assert [row["step"] for row in read_metrics(run / "metrics.csv")] == [1, 2, 3, 4]
@@ -223,8 +214,8 @@ def test_a_longer_run(root: Path, explora_run: Path, tmp_path: Path) -> None:
     assert "--method full differs from the run's lora" in got.err
 
 
-def test_other_data(root: Path, explora_run: Path, tmp_path: Path) -> None:
-    run, own = tmp_path / "run", shutil.copytree(root, tmp_path / "own")
+def test_other_data(classes: Path, explora_run: Path, tmp_path: Path) -> None:
+    run, own = tmp_path / "run", shutil.copytree(classes, tmp_path / "own")
     assert finetune("made-up", own, run, "--init", explora_run, "--max-steps", "2").status == 0
     before = (run / "metrics.csv").read_text()
     shutil.copy(own / "val.npz", own / "train.npz")
@@ -246,11 +237,13 @@ def ranks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[], list[
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_two_processes(root: Path, explora_run: Path, tmp_path: Path, comparable: Any, ranks: Any, method: str) -> None:
+def test_two_processes(
+    classes: Path, explora_run: Path, tmp_path: Path, comparable: Any, ranks: Any, method: str
+) -> None:
     whole, run = tmp_path / "whole", tmp_path / "run"
     words = ("--init", explora_run, "--method", method, "--batch-size", "2", *FORKED)
     words += ("--rank", "8") * (method == "full")  # the default: of another one a warning says it is idle
-    got = finetune("made-up", root, whole, *words)
+    got = finetune("made-up", classes, whole, *words)
     assert got.status == 0, got.err
     assert "warning" not in got.err
     first, second = ranks()
@@ -272,17 +265,17 @@ def test_two_processes(root: Path, explora_run: Path, tmp_path: Path, comparable
     assert_equal(run, whole, comparable)
 
 
-def test_two_processes_stop_early_together(root: Path, explora_run: Path, tmp_path: Path) -> None:
+def test_two_processes_stop_early_together(classes: Path, explora_run: Path, tmp_path: Path) -> None:
     words = ("--init", explora_run, "--method", "linear", "--lr", "1e-9", "--eval-every", "1", "--patience", "1")
-    got = finetune("made-up", root, tmp_path / "run", *words, "--batch-size", "2", "--max-steps", "9", *FORKED)
+    got = finetune("made-up", classes, tmp_path / "run", *words, "--batch-size", "2", "--max-steps", "9", *FORKED)
     assert got.status == 0, got.err
     assert [row["step"] for row in read_metrics(tmp_path / "run/metrics.csv")] == [1, 2]
 
 
 def test_segmentation_by_two_processes(explora_run: Path, tmp_path: Path) -> None:
     """No trainable weight may be unused, whatever levels the head takes."""
-    root = write_made_up(tmp_path / "data", "mask")
+    classes = write_made_up(tmp_path / "data", "mask")
     words = ("--task", "segmentation", "--method", "full", "--levels", "2,5", "--head", "upernet", "--head-width", "8")
     words = ("--init", explora_run, *words, "--max-steps", "2", "--batch-size", "2", *FORKED)
-    got = finetune("made-up", root, tmp_path / "run", *words)
+    got = finetune("made-up", classes, tmp_path / "run", *words)
     assert got.status == 0, got.err
