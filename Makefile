@@ -30,7 +30,7 @@ demo: $(STAMP)
 	$(BIN)/geoexplora demo $(ARGS)
 
 test: $(STAMP)
-	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
