@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -122,6 +123,8 @@ def comparable() -> Callable[[Path], list[dict[str, Any]]]:
 
 def _work(words: list[str], err: Path) -> None:
     torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as from a terminal: where the tests run in the
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # background, a shell has them ignore Ctrl-C
     with err.open("w") as stream, redirect_stdout(stream), redirect_stderr(stream):
         status = main(words)
     os._exit(status)
