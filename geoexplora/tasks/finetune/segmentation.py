@@ -102,8 +102,8 @@ class ExPLoRASegmentation(ClassTask):
             DataError: if no process has met a labelled pixel.
         """
         super().on_train_batch_start(batch, batch_idx)
-        ignored, length = self.hparams["ignore_index"], self._pass_length()
-        if ignored is None or self._batches >= length:
+        ignored = self.hparams["ignore_index"]
+        if ignored is None or self._batches >= (length := self._pass_length()):
             return
         self._labelled = (batch["mask"] != ignored).any() | self._labelled  # without waiting for the device
         self._batches += 1
